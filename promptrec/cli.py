@@ -1,0 +1,192 @@
+"""The command line: a thin face over the package. Exit code 0: done; 2: the input is wrong, with one line saying what."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from promptrec.errors import InputError
+from promptrec.profiles import activate, get_profile, missing_inputs
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Recover the prompt that made a language model rewrite a text.",
+)
+Input = Annotated[Path, typer.Argument(help="CSV, JSONL or Parquet")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", help="local, gpu, kaggle-t4x2 or kaggle-tpu; default: detected")
+]
+Seed = Annotated[int, typer.Option(help="seed of everything random")]
+
+
+@app.command()
+def doctor(profile: ProfileName = None) -> None:
+    """Profile, devices, versions, what is attached and what is missing."""
+    from promptrec.doctor import report
+
+    chosen = get_profile(profile)
+    print(report(chosen))
+    if missing := missing_inputs(chosen):
+        raise InputError(f"{len(missing)} input(s) missing: {'; '.join(missing)}")
+
+
+@app.command()
+def series(
+    profile: ProfileName = None, out: Annotated[Path | None, typer.Option(help="where results go")] = None
+) -> None:
+    """Run the three notebooks in order and print the comparison table."""
+    from promptrec.series import run_series, summary
+
+    chosen = _activated(profile, out)
+    seconds = run_series(chosen)
+    print("\n" + summary(chosen))
+    print("seconds: " + ", ".join(f"{part} {value:.0f}" for part, value in seconds.items()))
+
+
+@app.command()
+def rewrite(
+    table: Input,
+    out: Annotated[Path, typer.Option(help="JSONL log, appended; the same call resumes")],
+    profile: ProfileName = None,
+    batch_size: int = 64,
+    shard: Annotated[str, typer.Option(help="INDEX/COUNT")] = "0/1",
+    seed: Seed = 0,
+) -> None:
+    """Rewrite every row (original_text, rewrite_prompt): batched, appended, resumable."""
+    from promptrec.data import text_id
+    from promptrec.rewriting import get_rewriter, rewrite_table
+    from promptrec.tables import read_table
+
+    rows = read_table(table, required=["original_text", "rewrite_prompt"])
+    if "id" not in rows:
+        rows["id"] = [
+            text_id(str(a), str(b)) for a, b in zip(rows["original_text"], rows["rewrite_prompt"], strict=True)
+        ]
+    _ending(out, ".jsonl")
+    finished = rewrite_table(rows, get_rewriter(_activated(profile), seed), out, batch_size, _shard(shard))
+    print(f"{len(finished)} of {len(rows)} rows are rewritten in {out}")
+
+
+@app.command()
+def finetune(
+    table: Input,
+    out: Annotated[Path, typer.Option(help="folder of the adapter; the same call resumes")],
+    profile: ProfileName = None,
+    steps: Annotated[int, typer.Option(help="0: as the profile says")] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune a LoRA adapter on triples; held-out prompt clusters pick the checkpoint."""
+    from promptrec.finetuning import finetune_file
+
+    chosen = _activated(profile)
+    history = finetune_file(table, out, chosen, seed=seed, **({"steps": steps} if steps else {}))
+    best = history["scs"].max()
+    print(f"adapter in {out}; best held-out SCS {best:.3f} ({chosen.scorer}) after {int(history['step'].max())} steps")
+
+
+@app.command()
+def recover(
+    table: Input,
+    out: Annotated[Path, typer.Option(help="predictions: id, rewrite_prompt, method")],
+    method: Annotated[str | None, typer.Option(help="default: the best the profile can run")] = None,
+    train: Annotated[list[Path] | None, typer.Option(help="more training triples; may be repeated")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter folder of method fine-tuned")] = None,
+    profile: ProfileName = None,
+    seed: Seed = 0,
+) -> None:
+    """Recover the prompt of each row (original_text, rewritten_text)."""
+    from promptrec.inference import check_pairs, predict_all
+    from promptrec.methods import default_method, make_recoverer
+    from promptrec.tables import read_table, write_manifest, write_table
+
+    chosen, started = _activated(profile), time.time()
+    _ending(out, ".csv", ".jsonl", ".parquet")
+    rows = check_pairs(read_table(table), str(table))
+    if "id" not in rows:
+        rows["id"] = [str(number) for number in range(len(rows))]
+    name = method or default_method(chosen)
+    predictions = predict_all([make_recoverer(name, chosen, train or (), adapter, seed)], rows)
+    write_table(predictions, out)
+    write_manifest(out, started=started, profile=chosen.name, seed=seed, rows=len(predictions), method=name)
+    print(f"{len(predictions)} prompts recovered by {name} in {out} ({time.time() - started:.0f} s)")
+
+
+@app.command()
+def score(
+    predictions: Input,
+    truth: Input,
+    scorer: Annotated[str | None, typer.Option(help="minilm, t5-tf or t5-hf")] = None,
+    scorer_model: Annotated[str, typer.Option(help="model directory of a t5 scorer")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    profile: ProfileName = None,
+) -> None:
+    """Mean SCS of predictions (id, rewrite_prompt) against the truth (id, rewrite_prompt), with a bootstrap interval."""
+    from promptrec.comparison import interval
+    from promptrec.scoring import get_scorer, score_predictions
+    from promptrec.tables import read_table
+
+    chosen = _activated(profile)
+    needed = ["id", "rewrite_prompt"]
+    tables = read_table(predictions, needed), read_table(truth, needed)
+    if scorer and not scorer_model and scorer == chosen.scorer:
+        scorer_model = chosen.scorer_model
+    judge = get_scorer(scorer, scorer_model) if scorer else get_scorer(chosen.scorer, chosen.scorer_model)
+    scored = score_predictions(*tables, judge)
+    mean, low, high = interval(scored["scs"].to_numpy(), scored.get("prompt_cluster", scored["rewrite_prompt"]))
+    result = {"mean_scs": mean, "low": low, "high": high, "n": len(scored), "scorer": judge.name}
+    print(
+        json.dumps(result)
+        if as_json
+        else f"mean SCS {mean:.4f} [{low:.4f}, {high:.4f}]  n={len(scored)}  scorer: {judge.name}"
+    )
+
+
+def _activated(name: str | None, out: Path | None = None):
+    if out is not None:
+        os.environ["PROMPTREC_OUT"] = str(out)
+    return activate(get_profile(name))
+
+
+def _ending(path: Path, *endings: str) -> None:
+    if path.suffix not in endings:
+        raise InputError(f"--out {path}: name a file ending in {' or '.join(endings)}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise InputError(f"--shard {text!r}: write INDEX/COUNT with INDEX below COUNT, such as 0/4")
+    return int(index), int(count)
+
+
+def main() -> None:
+    """Entry point: wrong input becomes one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except InputError as error:
+        print(f"promptrec: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+            raise
+        print(
+            f"promptrec: {error.filename or 'output'}: {error.strerror}; choose another place or free space",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("promptrec: stopped; finished rows are kept, the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

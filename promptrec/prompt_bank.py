@@ -1,0 +1,349 @@
+"""The prompts of the series: shipped ones, and those that a Mad-Libs grammar makes.
+
+The grammar (assets/grammar.yaml) says for every style how people ask for it. `grammar_prompts` samples from it,
+`parse_prompt` reads a prompt back into its styles and slot values, exactly. Prompts written by a language model are
+not made here: they come with `shipped_prompts`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from promptrec.errors import InputError
+
+ASSETS = Path(__file__).parent / "assets"
+MIXTURE_SHARE = 0.15
+PARTS = ("series", "base")
+HOLE = re.compile(r"\{(\w+)\}")
+Reading = list[tuple[str, dict[str, str]]]  # what a prompt asks for: (style, slot values), in the order of the wording
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A phrasing with its holes: `count` different texts, numbered from 0."""
+
+    style: str
+    text: str
+    holes: tuple[tuple[str, tuple[str, ...]], ...]  # (name, values) in order of appearance
+    slots: tuple[str, ...]  # which of the holes carry meaning
+    is_request: bool  # begins in lower case, takes a frame, may be half of a mixture
+
+    @property
+    def count(self) -> int:
+        return math.prod(len(values) for _, values in self.holes)
+
+    def fill(self, index: int) -> tuple[str, dict[str, str]]:
+        """Text number `index` (mixed radix over the holes) and its slot values."""
+        chosen = {}
+        for name, values in self.holes:
+            index, digit = divmod(index, len(values))
+            chosen[name] = values[digit]
+        text = HOLE.sub(lambda hole: chosen[hole[1]], self.text)
+        return text, {name: chosen[name] for name in self.slots}
+
+
+@dataclass(frozen=True)
+class Style:
+    """One way of rewriting and the ways of asking for it; `series` and `base` wordings never meet."""
+
+    name: str
+    taxonomy: str
+    kinds: tuple[str, ...]
+    slots: tuple[str, ...]
+    series: tuple[Pattern, ...]
+    base: tuple[Pattern, ...]
+
+    def patterns(self, part: str) -> tuple[Pattern, ...]:
+        return self.series if part == "series" else self.base
+
+    def requests(self, part: str) -> list[Pattern]:
+        return [pattern for pattern in self.patterns(part) if pattern.is_request]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """assets/grammar.yaml, checked: no text can be made by two styles."""
+
+    styles: dict[str, Style]
+    kinds: tuple[str, ...]
+    slots: dict[str, tuple[str, ...]]
+    frames: tuple[str, ...]
+    templates: tuple[str, ...]
+    pairs: frozenset[frozenset[str]]  # of taxonomies
+    alone: frozenset[str]
+
+    def mixed_kinds(self, first: Style, second: Style) -> tuple[str, ...]:
+        """The kinds of text that suit both styles; empty when the two do not go together."""
+        if self.alone & {first.name, second.name} or frozenset({first.taxonomy, second.taxonomy}) not in self.pairs:
+            return ()
+        if "any" in first.kinds:
+            return second.kinds
+        return first.kinds if "any" in second.kinds else tuple(k for k in first.kinds if k in second.kinds)
+
+    @cached_property
+    def requests(self) -> dict[str, tuple[str, dict[str, str]]]:
+        """Every request, filled in all ways: text -> (style, slot values)."""
+        return self._table(is_request=True)
+
+    @cached_property
+    def wholes(self) -> dict[str, tuple[str, dict[str, str]]]:
+        """Every complete prompt, filled in all ways: text -> (style, slot values)."""
+        return self._table(is_request=False)
+
+    def _table(self, is_request: bool) -> dict[str, tuple[str, dict[str, str]]]:
+        table: dict[str, tuple[str, dict[str, str]]] = {}
+        for style in self.styles.values():
+            for pattern in style.series + style.base:
+                for index in range(pattern.count if pattern.is_request == is_request else 0):
+                    text, slots = pattern.fill(index)
+                    if text in table:
+                        raise InputError(f"grammar: {table[text][0]} and {style.name} can both say {text!r}")
+                    table[text] = (style.name, slots)
+        return table
+
+
+@lru_cache(maxsize=1)
+def load_grammar() -> Grammar:
+    """Read assets/grammar.yaml (once). Raises InputError where two styles share a wording."""
+    raw = yaml.safe_load((ASSETS / "grammar.yaml").read_text(encoding="utf-8"))
+    slots = {name: tuple(values) for name, values in raw["slots"].items()}
+    fillers = slots | {name: tuple(values) for name, values in raw["words"].items()}
+
+    def pattern(style: str, text: str, wanted: tuple[str, ...]) -> Pattern:
+        holes = tuple(dict.fromkeys(HOLE.findall(text)))
+        if unknown := set(holes) - set(raw["words"]) - set(wanted):
+            raise InputError(f"grammar: style {style} uses the hole {sorted(unknown)} that it does not declare")
+        return Pattern(style, text, tuple((hole, fillers[hole]) for hole in holes), wanted, not text[0].isupper())
+
+    styles = {}
+    for name, entry in raw["styles"].items():
+        wanted = tuple(entry["slots"])
+        series, base = (tuple(pattern(name, text, wanted) for text in entry[key]) for key in ("phrasings", "base"))
+        styles[name] = Style(name, entry["taxonomy"], tuple(entry["kinds"]), wanted, series, base)
+    mixtures = raw["mixtures"]
+    return Grammar(
+        styles=styles,
+        kinds=tuple(raw["kinds"]),
+        slots=slots,
+        frames=tuple(raw["frames"]),
+        templates=tuple(mixtures["templates"]),
+        pairs=frozenset(frozenset(pair) for pair in mixtures["pairs"]),
+        alone=frozenset(mixtures["alone"]),
+    )
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------
+
+
+def grammar_prompts(n: int, seed: int, part: str = "series", kinds: list[str] | None = None) -> pd.DataFrame:
+    """`n` distinct prompts of the grammar, balanced over the styles, some 15% of them mixtures of two styles.
+
+    Columns: rewrite_prompt, style ("a+b" for a mixture, in the order of the wording), slots (a JSON object),
+    taxonomy, kinds (joined by "|", "any" for every kind). `part` is "series" or "base" (wordings kept for
+    pre-training); `kinds` keeps the styles that suit at least one of these kinds of text. The same seed gives the
+    same prompts. Raises InputError (a ValueError) for an unknown part or kind, and when n is out of reach.
+    """
+    singles, mixtures = _sources(part, kinds)
+    room = (sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures))
+    if not 0 <= n <= sum(room):
+        raise InputError(f"{n} prompts wanted, the grammar can make from 0 to {sum(room)}: ask for fewer")
+    rng = random.Random(f"grammar {part} {seed}")
+    mixed = min(round(MIXTURE_SHARE * n), room[1])
+    mixed = max(mixed, n - room[0])
+    rows = []
+    for style, share in zip(singles, _shares(n - mixed, [_room(one) for one in singles], rng), strict=True):
+        rows += _single_rows(style, share, rng)
+    for mixture, share in zip(mixtures, _shares(mixed, [one.count for one in mixtures], rng), strict=True):
+        rows += [mixture.row(index) for index in rng.sample(range(mixture.count), share)]
+    rng.shuffle(rows)
+    return pd.DataFrame(rows, columns=["rewrite_prompt", "style", "slots", "taxonomy", "kinds"])
+
+
+def grammar_size(part: str = "series", kinds: list[str] | None = None) -> tuple[int, int]:
+    """How many distinct prompts the grammar can make: (of a single style, mixtures of two)."""
+    singles, mixtures = _sources(part, kinds)
+    return sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures)
+
+
+def _sources(part: str, kinds: list[str] | None) -> tuple[list[tuple[Style, str]], list[Mixture]]:
+    """The styles, and the ordered pairs of styles, that suit one of `kinds`."""
+    grammar = load_grammar()
+    if part not in PARTS:
+        raise InputError(f"part {part!r} of the grammar: use one of {', '.join(PARTS)}")
+    if unknown := set(kinds or []) - set(grammar.kinds):
+        raise InputError(f"unknown kinds of text {sorted(unknown)}: the grammar knows {', '.join(grammar.kinds)}")
+
+    def suits(own: tuple[str, ...]) -> bool:
+        return bool(own) and (kinds is None or "any" in own or bool(set(own) & set(kinds)))
+
+    styles = [style for style in grammar.styles.values() if suits(style.kinds)]
+    pairs = [(one, two, grammar.mixed_kinds(one, two)) for one, two in itertools.permutations(styles, 2)]
+    return [(style, part) for style in styles], [Mixture(one, two, k, part) for one, two, k in pairs if suits(k)]
+
+
+def _room(single: tuple[Style, str]) -> int:
+    style, part = single
+    return sum(_framed_count(pattern) for pattern in style.patterns(part))
+
+
+def _framed_count(pattern: Pattern) -> int:
+    return pattern.count * (len(load_grammar().frames) if pattern.is_request else 1)
+
+
+def _single_rows(single: tuple[Style, str], n: int, rng: random.Random) -> list[tuple]:
+    """n prompts of one style, spread evenly over its phrasings."""
+    style, part = single
+    patterns = style.patterns(part)
+    rows = []
+    for pattern, share in zip(patterns, _shares(n, [_framed_count(p) for p in patterns], rng), strict=True):
+        for index in rng.sample(range(_framed_count(pattern)), share):
+            frame, inner = divmod(index, pattern.count)
+            text, slots = pattern.fill(inner)
+            prompt = _in_frame(load_grammar().frames[frame], text) if pattern.is_request else text
+            rows.append((prompt, style.name, json.dumps(slots), style.taxonomy, "|".join(style.kinds)))
+    return rows
+
+
+def _in_frame(frame: str, request: str) -> str:
+    return frame.replace("{F}", request[0].upper() + request[1:]).replace("{f}", request)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two styles asked for in one prompt, `first` before `second`."""
+
+    first: Style
+    second: Style
+    kinds: tuple[str, ...]
+    part: str
+
+    @cached_property
+    def halves(self) -> tuple[list[Pattern], list[Pattern]]:
+        """Requests for the first and for the second style; the second speaks of the text as "it"."""
+        second = [
+            Pattern(p.style, p.text, tuple((h, ("it",) if h == "it" else v) for h, v in p.holes), p.slots, True)
+            for p in self.second.requests(self.part)
+        ]
+        return self.first.requests(self.part), second
+
+    @cached_property
+    def count(self) -> int:
+        counts = [sum(pattern.count for pattern in half) for half in self.halves]
+        return math.prod(counts) * len(load_grammar().templates)
+
+    def row(self, index: int) -> tuple:
+        """Mixture number `index` as a row of `grammar_prompts`."""
+        templates = load_grammar().templates
+        index, template = divmod(index, len(templates))
+        filled = []
+        for half in self.halves:
+            index, inner = divmod(index, sum(pattern.count for pattern in half))
+            for pattern in half:
+                if inner < pattern.count:
+                    filled.append(pattern.fill(inner))
+                    break
+                inner -= pattern.count
+        (one, one_slots), (two, two_slots) = filled
+        prompt = templates[template].replace("{A}", one[0].upper() + one[1:]).replace("{a}", one).replace("{b}", two)
+        name = f"{self.first.name}+{self.second.name}"
+        return prompt, name, json.dumps(one_slots | two_slots), "mixture", "|".join(self.kinds)
+
+
+def _shares(total: int, room: list[int], rng: random.Random) -> list[int]:
+    """Split `total` as evenly as the room allows; who gets one more is drawn by lot."""
+    shares = [0] * len(room)
+    while total:
+        open_places = [i for i, space in enumerate(room) if shares[i] < space]
+        if total < len(open_places):
+            open_places = rng.sample(open_places, total)
+        each = total // len(open_places)
+        for i in open_places:
+            gift = min(each, room[i] - shares[i])
+            shares[i] += gift
+            total -= gift
+    return shares
+
+
+# --- reading back -----------------------------------------------------------------------------------------------
+
+
+def parse_prompt(prompt: str) -> Reading:
+    """The styles that a prompt asks for with their slot values: [(style, {slot: value})], two for a mixture.
+
+    The inverse of `grammar_prompts`, for both parts. Raises InputError (a ValueError) for any other prompt.
+    """
+    reading = next(readings(prompt.strip()), None)
+    if reading is None:
+        raise InputError(f"not a prompt of the grammar: {prompt[:80]!r}")
+    return reading
+
+
+def readings(prompt: str) -> Iterator[Reading]:
+    """All ways to read a prompt. The grammar is meant to leave at most one; the tests hold it to that."""
+    grammar = load_grammar()
+    if whole := grammar.wholes.get(prompt):
+        yield [whole]
+    for frame in grammar.frames:
+        for request in _between(prompt, *re.split(r"\{[Ff]\}", frame), raised="{F}" in frame):
+            if found := grammar.requests.get(request):
+                yield [found]
+    for template in grammar.templates:
+        head, middle, tail = re.split(r"\{[Aab]\}", template)
+        for inner in _between(prompt, head, tail, raised="{A}" in template):
+            yield from _split_readings(inner, middle, grammar.requests)
+
+
+def _between(prompt: str, head: str, tail: str, raised: bool) -> Iterator[str]:
+    """What stands between head and tail, with its first letter lowered again where the frame had raised it."""
+    end = len(prompt) - len(tail)
+    if not (prompt.startswith(head) and prompt.endswith(tail) and len(head) < end):
+        return
+    inner = prompt[len(head) : end]
+    if raised and inner[0].isupper():
+        yield inner[0].lower() + inner[1:]
+    elif not raised:
+        yield inner
+
+
+def _split_readings(inner: str, middle: str, requests: dict[str, tuple[str, dict[str, str]]]) -> Iterator[Reading]:
+    start = inner.find(middle)
+    while start >= 0:
+        one, two = requests.get(inner[:start]), requests.get(inner[start + len(middle) :])
+        if one and two:
+            yield [one, two]
+        start = inner.find(middle, start + 1)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------
+
+
+def shipped_prompts() -> pd.DataFrame:
+    """The prompts that ship with the package: columns rewrite_prompt, taxonomy."""
+    path = ASSETS / "prompts.csv"
+    if not path.exists():
+        raise InputError(f"{path}: not there; the package was installed without its assets, install it again")
+    return pd.read_csv(path, usecols=["rewrite_prompt", "taxonomy"], keep_default_na=False)
+
+
+def prompts_for(kind: str, prompts: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `prompts` (column kinds, as `grammar_prompts` gives it) that suit one kind of text.
+
+    Raises InputError for a kind that the grammar does not know and for a table without kinds.
+    """
+    if kind not in load_grammar().kinds:
+        raise InputError(f"unknown kind of text {kind!r}: the grammar knows {', '.join(load_grammar().kinds)}")
+    if "kinds" not in prompts.columns:
+        raise InputError("prompts: the column 'kinds' is missing; use the table that grammar_prompts returns")
+    suits = prompts["kinds"].map(lambda kinds: "any" in (own := kinds.split("|")) or kind in own)
+    return prompts[suits].reset_index(drop=True)

@@ -1,0 +1,94 @@
+"""(original, prompt) -> rewritten: batched, appended to disk, resumable.
+
+The log is JSONL with one finished row a line. Killed at any moment and started again, the run loses at most the
+batch in flight, repeats nothing and ends with the same set of rows. Several processes share the work by `shard`.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from promptrec.data import check_cells
+from promptrec.errors import InputError
+from promptrec.profiles import Profile
+from promptrec.rewriters import Rewriter
+from promptrec.tables import append_jsonl, progress, read_jsonl, require_columns
+
+
+def rewrite_table(
+    table: pd.DataFrame,
+    rewriter: Rewriter,
+    log: str | Path,
+    batch_size: int = 64,
+    shard: tuple[int, int] = (0, 1),
+    stop_after: float | None = None,
+) -> pd.DataFrame:
+    """Rewrite every row of `table` (id, original_text, rewrite_prompt) and return it with rewritten_text and source.
+
+    Rows already in `log` are not done again. `shard` = (index, count) takes every count-th row; `stop_after` seconds
+    ends early (the rest is done by the next call). Rows come back in the order of `table`.
+    Raises InputError for bad cells, for a log that belongs to other rows and for a full disk.
+    """
+    require_columns(table, ["id", "original_text", "rewrite_prompt"], "rewriting")
+    check_cells(table, ["original_text", "rewrite_prompt"], "rewriting")
+    done = _read_log(Path(log), table)
+    todo = table.iloc[shard[0] :: shard[1]]
+    todo = todo[~todo["id"].isin(done)]
+    todo = todo.loc[
+        todo["original_text"].str.len().sort_values(ascending=False, kind="stable").index
+    ]  # longest first: out of memory shows at once
+    started = time.monotonic()
+    for start in progress(range(0, len(todo), batch_size), desc=f"rewrite ({rewriter.name})"):
+        if stop_after is not None and time.monotonic() - started > stop_after:
+            break
+        done.update(_rewrite_batch(todo.iloc[start : start + batch_size], rewriter, log))
+    finished = table[table["id"].isin(done)]
+    return finished.assign(rewritten_text=finished["id"].map(done), source=rewriter.name).reset_index(drop=True)
+
+
+def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> dict[str, str]:
+    rewritten = rewriter.rewrite(batch["original_text"].tolist(), batch["rewrite_prompt"].tolist())
+    rows = [
+        {"id": row, "rewrite_prompt": prompt, "rewritten_text": text, "rewriter": rewriter.name}
+        for row, prompt, text in zip(batch["id"], batch["rewrite_prompt"], rewritten, strict=True)
+    ]
+    try:
+        append_jsonl(log, rows)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise InputError(
+                f"{log}: no space left on the disk; free some and start again, finished rows are kept"
+            ) from None
+        raise
+    return {row["id"]: row["rewritten_text"] for row in rows}
+
+
+def _read_log(log: Path, table: pd.DataFrame) -> dict[str, str]:
+    """id -> rewritten text of the finished rows; refuses a log whose ids stand for other prompts."""
+    if not log.is_file():
+        return {}
+    prompts = dict(zip(table["id"], table["rewrite_prompt"], strict=True))
+    rows = read_jsonl(log, tolerate_torn_tail=True)
+    for row in rows:
+        if row.get("id") in prompts and row.get("rewrite_prompt") != prompts[row["id"]]:
+            raise InputError(f"{log}: id {row['id']!r} was rewritten with another prompt; name a new --out file")
+    return {row["id"]: row["rewritten_text"] for row in rows}
+
+
+def get_rewriter(profile: Profile, seed: int = 0) -> Rewriter:
+    """The rewriter the profile can run: rules (the offline stand-in), torch, or Keras on JAX."""
+    if profile.rewriter == "rules":
+        from promptrec.rewriters.rules import RulesRewriter
+
+        return RulesRewriter(seed=seed)
+    if profile.rewriter == "hf":
+        from promptrec.rewriters.hf import HuggingFaceRewriter
+
+        return HuggingFaceRewriter(profile.rewriter_model, chat=profile.chat, seed=seed)
+    from promptrec.rewriters.keras_gemma import KerasGemmaRewriter
+
+    return KerasGemmaRewriter(profile.rewriter_model, seed=seed)

@@ -1,0 +1,202 @@
+"""Tables in and out: CSV, JSONL and Parquet read alike, atomic writes, appended logs, manifests.
+
+Does not know what the columns mean; see data.py for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+
+from promptrec.errors import InputError
+
+READERS = {
+    ".csv": lambda path: pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""]),
+    ".jsonl": lambda path: pd.DataFrame(read_jsonl(path)),
+    ".parquet": pd.read_parquet,
+}
+VERSIONED = ("numpy", "pandas", "torch", "transformers", "peft", "bitsandbytes", "tensorflow", "keras", "jax")
+
+
+def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool = False) -> pd.DataFrame:
+    """Read a CSV, JSONL or Parquet table; `id`, where present, comes back as a string.
+
+    Raises InputError for a missing file, an unknown format, a wrong encoding, an unreadable or empty
+    table, and for missing `required` columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; check the path (current folder: {Path.cwd()})")
+    if path.suffix not in READERS:
+        raise InputError(f"{path}: unknown format {path.suffix!r}; give a file ending in {', '.join(READERS)}")
+    try:
+        table = READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8 and try again") from None
+    except pd.errors.EmptyDataError:
+        raise InputError(f"{path}: the file is empty; it needs a header and at least one row") from None
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
+    if table.empty and not allow_empty:
+        raise InputError(f"{path}: the table has no rows")
+    require_columns(table, required, str(path))
+    if "id" in table:
+        table["id"] = table["id"].map(lambda value: value if pd.isna(value) else str(value))
+    return table
+
+
+def require_columns(table: pd.DataFrame, required: Iterable[str], where: str) -> None:
+    """Raise InputError naming the missing and the present columns."""
+    missing = [column for column in required if column not in table]
+    if missing:
+        raise InputError(
+            f"{where}: no column {', '.join(missing)}; it has {', '.join(map(str, table.columns)) or 'none'}"
+        )
+
+
+def read_jsonl(path: str | Path, tolerate_torn_tail: bool = False) -> list[dict]:
+    """Rows of a JSONL file. With `tolerate_torn_tail`, a last line cut off by a killed run is left out."""
+    rows = []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if tolerate_torn_tail and number == len(lines):
+                break
+            raise InputError(f"{path}: line {number} is not valid JSON") from None
+        if not isinstance(rows[-1], dict):
+            raise InputError(f"{path}: line {number} is not a JSON object")
+    return rows
+
+
+def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """Append rows and force them to disk, so that a kill loses at most the batch in flight.
+
+    A torn last line (left by a kill in the middle of a write) is cut off first.
+    """
+    payload = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        _cut_torn_tail(file)
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_torn_tail(file) -> None:
+    """Truncate an open binary file after its last newline."""
+    file.seek(0, os.SEEK_END)
+    end = file.tell()
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            file.truncate(start + newline + 1)
+            break
+        end = start
+    else:
+        file.truncate(0)
+    file.seek(0, os.SEEK_END)
+
+
+def write_table(table: pd.DataFrame, path: str | Path) -> Path:
+    """Write CSV, JSONL or Parquet by its ending, atomically: a reader sees the old file or the new one."""
+    path = Path(path)
+    writers = {
+        ".csv": lambda target: table.to_csv(target, index=False),
+        ".jsonl": lambda target: table.to_json(target, orient="records", lines=True, force_ascii=False),
+        ".parquet": lambda target: table.to_parquet(target, index=False),
+    }
+    if path.suffix not in writers:
+        raise InputError(f"{path}: unknown format {path.suffix!r}; name a file ending in {', '.join(writers)}")
+    return _write_atomically(path, writers[path.suffix])
+
+
+def write_json(value: object, path: str | Path) -> Path:
+    """Write JSON atomically, indented, keys as given."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    return _write_atomically(Path(path), lambda target: Path(target).write_text(text, encoding="utf-8"))
+
+
+def _write_atomically(path: Path, write) -> Path:
+    """Write to a temporary file beside `path`, then rename; the temporary file never stays behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_manifest(
+    artefact: str | Path, *, started: float, profile: str, seed: int, rows: int, **config: object
+) -> Path:
+    """Write `<artefact>.manifest.json`: how the artefact came to be, without secrets or environment variables.
+
+    `started` is a time.time() stamp; settings dataclasses in `config` are saved field by field.
+    """
+    artefact = Path(artefact)
+    manifest = {
+        "artefact": artefact.name,
+        "profile": profile,
+        "seed": seed,
+        "rows": rows,
+        "seconds": round(time.time() - started, 1),
+        "git_revision": _git_revision(),
+        "versions": versions(),
+        "config": {
+            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for key, value in config.items()
+        },
+    }
+    return write_json(manifest, artefact.with_name(artefact.name + ".manifest.json"))
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of Python, the project and its frameworks, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in ("promptrec", *VERSIONED):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def progress(iterable: Iterable, **options: object):
+    """A tqdm bar on a terminal; silent elsewhere, so that committed notebooks hold no progress-bar debris."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=not sys.stderr.isatty(), **options)
