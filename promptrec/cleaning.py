@@ -11,18 +11,40 @@ from dataclasses import dataclass
 import pandas as pd
 from rapidfuzz import fuzz
 
+_OPENER = r"(?:sure|certainly|of\ course|okay|ok|absolutely|gladly|alright|no\ problem|with\ pleasure|happy\ to\ help)\b"
+_HERE = r"(?:here(?:['’]s|\ is|\ are|\ you\ go|\ we\ go|\ goes)|below\ (?:is|are)|i(?:['’]ve|\ have|\ can|['’]ll)\b|let\ me)"
+_MADE = r"(?:rewrit|rewrote|revised\b|reworded|rephrased|paraphras)"
+_END = r"[:.!]?\**[^\S\n]*(?:\n\s*|\Z)"  # of the line
 LEAD_IN = re.compile(
-    r"""^\s*(?:
-        (?:sure|certainly|of\ course|okay|ok|absolutely|gladly|alright)\b[^\n]{0,200}?[:.!]\s*\n+   # Sure, here is ...:
-      | (?:here(?:'s|\ is|\ are)|below\ is|this\ is|i(?:'ve|\ have)\ (?:rewritten|turned|made))\b[^\n]{0,200}?:\s*\n+  # Here is ...:
-      | \#{1,4}\ *[^\n]{0,80}?(?:rewrit|version|revis|text|result|output|answer)[^\n]{0,60}\n+          # ## Rewritten text
-      | \*\*\ *[^\n*]{0,80}?(?:rewrit|version|revis|text|result|output|answer)[^\n*]{0,60}\*\*:?\s*\n+   # **Rewritten text:**
+    rf"""\A\s*(?:
+        [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n]{{0,300}}?:\**[^\S\n]*\n\s*      # Sure, here is ...: (line end)
+      | [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n:]{{0,300}}:\**\ +(?=\S)          # Sure, here is ...: text
+      | [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n:]{{0,150}}{_END}                 # Sure, I can do that.
+      | [\*\#\ ]*{_OPENER}[^\n:.!]{{0,150}}(?::\**[^\S\n]*\n\s*|[.!]\s*\n\s*\n)      # Certainly! Okay, a poem it is:
+      | [\*\#\ ]*(?:[^\n.:]{{1,30}}[,!.]\ )?(?:here(?:['’]s|\ is|\ are|\ we\ go|\ goes)|below\ (?:is|are))\b
+        [^\n]{{0,250}}?:\**[^\S\n]*\n\s*                                                 # Well, here is ...:
+      | (?:this\ is|i(?:['’]ve|\ have))\b[^\n]{{0,60}}?{_MADE}[^\n]{{0,200}}?:[^\S\n]*\n\s*             # I have rewritten ...:
+      | (?:\#{{1,4}}\ *|\*\*\ *)[^\n*]{{0,80}}?{_MADE}[^\n*]{{0,80}}\n\s*                               # ## Rewritten text
+      | \*\*\ *[^\n*]{{0,80}}?{_MADE}[^\n*]{{0,80}}\*\*:?[^\S\n]*\n\s*                                  # **Rewritten text:**
+      | (?:\#{{1,4}}\ *|\*\*\ *)(?:[\w'’-]+\ ){{0,3}}(?:version|text|output|response|answer|result):?(?:\*\*)?:?[^\S\n]*\n\s*
+      | \*\*[^\n*]{{0,60}}?\bin\ (?:the|a|an)\ [^\n*:]{{1,40}}\ (?:manner|style|voice|tone):?\*\*:?[^\S\n]*\n\s*
+      | \*\*(?!(?-i:[^\na-z]*:))[^\s*]+(?:\ [^\s*]+){{1,11}}(?<!\d):\*\*[^\S\n]*\n\s*\n    # **The rejection, in rhyme:**
+        (?!\s*(?:[-*+]|\d+[.)])\s)(?![\s\S]*^\*\*[^*\n]{{1,80}}:\*\*[^\S\n]*$)  # unless it heads a list or is one of several
     )""",
-    re.IGNORECASE | re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
 )
+_DECLINED = r"(?:help|assist|rewrite|fulfil+|comply|provide|generate|produce|process|create|complete|do)"
+_CANNOT = (
+    r"(?:i\s+(?:cannot|can['’]t|can\s+not|could\s+not|won['’]t|will\s+not|do\s+not|don['’]t)"
+    r"|i(?:\s+am|['’]m)\s+(?:unable|not\s+able)\s+to)"
+)
+_SORRY = r"(?:(?:i(?:\s+am|['’]m)\s+)?sorry|unfortunately|i\s+apologi[sz]e|my\s+apologies)"
 REFUSAL = re.compile(
-    r"^\s*(?:i(?:'m| am) (?:sorry|unable|not able)|i (?:cannot|can't|can not|apologi[sz]e)|sorry, (?:but )?i|as an ai\b"
-    r"|the (?:text|passage) (?:you )?(?:provided|gave)?\s*does not|unfortunately,? i)",
+    rf"^\s*(?:{_CANNOT}\s+{_DECLINED}\s+(?:you|with|this|that|the|your|any|a|an|content)\b"
+    rf"|{_SORRY}[^\n.!?]{{0,60}}[.,]?\s*(?:but\s+|as\s+)?{_CANNOT}\b"
+    r"|as an ai\b"
+    r"|(?:sorry, but )?the (?:provided |given )?(?:text|passage|prompt)(?: (?:you )?(?:provided|gave))?"
+    r" (?:does not|doesn['’]t) (?:contain|provide|include|mention|specify|have))",
     re.IGNORECASE,
 )
 
@@ -71,7 +93,9 @@ def clean(table: pd.DataFrame, settings: CleaningSettings | None = None) -> tupl
     Rules are applied in the order of the report; a row is counted under the first one that drops it.
     """
     settings = settings or CleaningSettings()
+    given = len(table)
     table = table.dropna(subset=["original_text", "rewrite_prompt", "rewritten_text"])
+    missing = given - len(table)
     rewritten = table["rewritten_text"].map(strip_lead_in)
     report = {"lead-in stripped": int((rewritten != table["rewritten_text"].str.strip()).sum())}
     table = table.assign(rewritten_text=rewritten, rewrite_prompt=table["rewrite_prompt"].str.strip())
@@ -79,6 +103,7 @@ def clean(table: pd.DataFrame, settings: CleaningSettings | None = None) -> tupl
         drop = broken(table)
         report[rule] = int(drop.sum())
         table = table[~drop]
+    report["blank"] += missing
     return table.reset_index(drop=True), pd.Series(report, name="rows")
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -168,24 +168,32 @@ def _shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+USAGE_ERROR = typer.BadParameter.__base__  # click's own, of which typer carries a copy
+OUTPUT_TROUBLE = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG")
+
+
 def main() -> None:
     """Entry point: wrong input becomes one line and exit code 2, never a traceback."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except InputError as error:
-        print(f"promptrec: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(str(error))
+    except USAGE_ERROR as error:
+        _leave(f"{error.format_message().rstrip('.')}; see promptrec --help")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR):
+        if errno.errorcode.get(error.errno) not in OUTPUT_TROUBLE:
             raise
-        print(
-            f"promptrec: {error.filename or 'output'}: {error.strerror}; choose another place or free space",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("promptrec: stopped; finished rows are kept, the same command goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
+        _leave(f"{error.filename or 'output'}: {error.strerror}; choose another place or free space")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        _leave("stopped; finished rows are kept, the same command goes on from there", code=130)
+
+
+def _leave(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, no traceback."""
+    print(f"promptrec: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

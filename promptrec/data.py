@@ -7,8 +7,11 @@ splits.py, the rewriting itself in rewriting.py.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,7 @@ ALIASES = {
         "rewritten_output",
     ),
 }
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?=\s|\Z)")
 LONGEST_TEXT = 50_000  # characters; a longer cell is a mistake in the file, not a text
 
 
@@ -44,7 +48,7 @@ class Source:
 
     path: str
     text_column: str
-    kind: str = "text"
+    kind: str = ""  # kind of text; empty: the file's own `kind` column, else "text"
     table: str = ""  # SQLite only
     rows: int = 0  # 0: all
 
@@ -91,22 +95,22 @@ def load_originals(sources: Iterable[Source], seed: int = 0) -> pd.DataFrame:
 def _load_source(source: Source, seed: int) -> pd.DataFrame:
     path = Path(source.path)
     if path.suffix in (".db", ".sqlite", ".sqlite3"):
-        texts = _read_sqlite(path, source.table, source.text_column)
+        table = _read_sqlite(path, source.table, source.text_column)
     else:
-        texts = read_table(path, required=[source.text_column])[source.text_column]
-    texts = texts.dropna().astype(str).str.strip()
+        table = read_table(path, required=[source.text_column])
+    texts = table[source.text_column].dropna().astype(str).str.strip()
     texts = texts[texts != ""].drop_duplicates()
     if source.rows and len(texts) > source.rows:
         texts = texts.sample(source.rows, random_state=seed)
-    return pd.DataFrame(
-        {"id": [text_id(text) for text in texts], "kind": source.kind, "text": texts.to_numpy(), "source": path.name}
-    )
+    own_kind = table["kind"].reindex(texts.index).tolist() if "kind" in table and not source.kind else source.kind or "text"
+    ids = [text_id(text) for text in texts]
+    return pd.DataFrame({"id": ids, "kind": own_kind, "text": texts.tolist(), "source": path.name})
 
 
-def _read_sqlite(path: Path, table: str, column: str) -> pd.Series:
+def _read_sqlite(path: Path, table: str, column: str) -> pd.DataFrame:
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
         try:
             tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             if table not in tables:
@@ -114,7 +118,8 @@ def _read_sqlite(path: Path, table: str, column: str) -> pd.Series:
             columns = [row[1] for row in connection.execute(f'PRAGMA table_info("{table}")')]
             if column not in columns:
                 raise InputError(f"{path}: table {table} has no column {column!r}; it has {', '.join(columns)}")
-            return pd.read_sql_query(f'SELECT "{column}" FROM "{table}"', connection)[column]
+            wanted = ", ".join(f'"{name}"' for name in columns if name in (column, "kind"))
+            return pd.read_sql_query(f'SELECT {wanted} FROM "{table}"', connection)
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: not a SQLite database ({error})") from None
 
@@ -137,12 +142,12 @@ def shipped_triples(splits: Sequence[str] = ("train", "validation", "test")) -> 
 
 def slice_words(text: str, words: int = 256) -> str:
     """The first `words` words, cut back to the last full sentence when that keeps at least half of them."""
-    pieces = text.split(" ")
-    if len(pieces) <= words:
+    ends = [word.end() for word in itertools.islice(re.finditer(r"\S+", text), words + 1)]
+    if len(ends) <= words:
         return text
-    cut = " ".join(pieces[:words])
-    end = max(cut.rfind(mark) for mark in (". ", "! ", "? ", ".\n"))
-    return cut[: end + 1] if end >= len(cut) // 2 else cut
+    cut = text[: ends[words - 1]]
+    end = max((sentence.end() for sentence in SENTENCE_END.finditer(cut)), default=0)
+    return cut[:end] if end >= len(cut) // 2 else cut
 
 
 def keep_original(text: str, shortest: int = 50) -> bool:
@@ -175,10 +180,10 @@ def pair(originals: pd.DataFrame, prompts: pd.DataFrame, rows: int, seed: int = 
 def _pair_split(originals: pd.DataFrame, prompts: pd.DataFrame, rows: int, rng: np.random.Generator) -> pd.DataFrame:
     by_kind = {kind: group["text"].tolist() for kind, group in originals.groupby("kind")}
     everything = originals[["text", "kind"]].to_numpy().tolist()
-    found, seen, stale = [], set(), 0
-    while len(found) < rows and stale < 3:
-        before = len(found)
-        for position in rng.permutation(len(prompts)):
+    found, seen, before = [], set(), -1
+    while before < len(found) < rows:
+        before = len(found)  # a pass that adds nothing is the last one: every pair is used
+        for position in rng.permutation(len(prompts))[: rows - before]:
             prompt, kinds = prompts["rewrite_prompt"].iloc[position], prompts["kinds"].iloc[position].split("|")
             suitable = (
                 everything if "any" in kinds else [[text, kind] for kind in kinds for text in by_kind.get(kind, [])]
@@ -186,10 +191,13 @@ def _pair_split(originals: pd.DataFrame, prompts: pd.DataFrame, rows: int, rng: 
             if not suitable:
                 continue
             text, kind = suitable[rng.integers(len(suitable))]
-            if (text, prompt) not in seen and len(found) < rows:
-                seen.add((text, prompt))
-                found.append({"original_text": text, "rewrite_prompt": prompt, "kind": kind})
-        stale = stale + 1 if len(found) == before else 0
+            if (text, prompt) in seen:
+                suitable = [option for option in suitable if (option[0], prompt) not in seen]
+                if not suitable:
+                    continue
+                text, kind = suitable[rng.integers(len(suitable))]
+            seen.add((text, prompt))
+            found.append({"original_text": text, "rewrite_prompt": prompt, "kind": kind})
     return pd.DataFrame(found, columns=["original_text", "rewrite_prompt", "kind"])
 
 
@@ -212,9 +220,11 @@ def load_triples(path: str | Path, source: str | None = None) -> pd.DataFrame:
     Raises InputError naming the row for a blank cell or a text that cannot be one (over 50,000 characters).
     """
     table = canonical_columns(read_table(path), str(path)).reset_index(drop=True)
-    check_cells(table, TEXT_COLUMNS, str(path))
-    if "id" not in table or (source is None and table["id"].isna().any()):
+    check_cells(table.drop(columns="id", errors="ignore"), TEXT_COLUMNS, str(path))
+    if "id" not in table or table["id"].isna().any():
         table["id"] = [text_id(*row) for row in table[list(TEXT_COLUMNS)].to_numpy()]
+    else:
+        check_cells(table, (), str(path))
     if "source" not in table or source is not None:
         table["source"] = source or Path(path).stem
     return table[["id", *TEXT_COLUMNS, "source"]].astype({"id": str})
@@ -233,6 +243,9 @@ def check_cells(table: pd.DataFrame, columns: Iterable[str], where: str) -> None
                     f"{where}: row {row}: {column} has {len(value.split()):,} words; the limit is "
                     f"{LONGEST_TEXT:,} characters: split the text"
                 )
+    if "id" in table and table["id"].isna().any():
+        row = int(table["id"].isna().to_numpy().argmax()) + 1
+        raise InputError(f"{where}: row {row}: id is blank; give every row one, or leave the column out")
     if "id" in table and table["id"].duplicated().any():
         raise InputError(
             f"{where}: id {table.loc[table['id'].duplicated(), 'id'].iloc[0]!r} occurs twice; ids must be distinct"
@@ -242,4 +255,8 @@ def check_cells(table: pd.DataFrame, columns: Iterable[str], where: str) -> None
 def merge_triples(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Sets one below the other, provenance (`source`) kept; of equal (original, prompt, rewrite) the first one stays."""
     merged = pd.concat([table for table in tables if len(table)], ignore_index=True)
-    return merged.drop_duplicates(list(TEXT_COLUMNS), ignore_index=True)
+    merged = merged.drop_duplicates(list(TEXT_COLUMNS), ignore_index=True)
+    if "id" in merged:  # every set counts from 0: a later row with a taken id is named by its texts
+        named = [text_id(*row) for row in merged[list(TEXT_COLUMNS)].to_numpy()]
+        merged["id"] = merged["id"].where(~merged["id"].duplicated(), named)
+    return merged

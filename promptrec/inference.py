@@ -44,7 +44,7 @@ def normalise(answer: str, fallback: str = FALLBACK) -> str:
     An answer with nothing left becomes `fallback`: a blank row would void a submission.
     """
     text = _MARKS.sub("", answer).strip()
-    text = _OPENING.sub("", text.split("\n\n")[0])
+    text = _OPENING.sub("", text).split("\n\n")[0]
     text = " ".join(text.split()[:LONGEST_ANSWER]).strip(" \"'`")
     return text if any(character.isalpha() for character in text) else fallback
 

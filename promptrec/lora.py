@@ -7,9 +7,10 @@ the highest SCS on held-out prompt clusters, not the one with the lowest loss.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from promptrec.data import check_cells
+from promptrec.data import check_cells, text_id
 from promptrec.errors import InputError
 from promptrec.language_model import compute_dtype, load_model, load_tokenizer, token_ids
-from promptrec.tables import require_columns, write_table
+from promptrec.tables import read_table, require_columns, write_json, write_table
 from promptrec.templates import recovery_answer, recovery_request
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -156,6 +158,32 @@ def answer_loss(
     return total / (count if count is not None else answered.sum())
 
 
+class LengthGroupedSampler(Sampler):
+    """Shuffled rows whose batches hold texts of similar length, so that little is spent on padding.
+
+    The order depends on (seed, epoch) alone; a run resumed in its third epoch sees the rows as the uninterrupted one.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 16) -> None:
+        self.lengths, self.batch_size, self.seed, self.pool, self.epoch = np.asarray(lengths), batch_size, seed, pool, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, size = rng.permutation(len(self.lengths)), self.batch_size * self.pool
+        pools = [order[start : start + size] for start in range(0, len(order), size)]
+        ordered = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
+        batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        whole = rng.permutation(len(batches) - 1) if len(batches[-1]) < self.batch_size else rng.permutation(len(batches))
+        rest = [] if len(whole) == len(batches) else [len(batches) - 1]
+        return iter(np.concatenate([batches[number] for number in [*whole, *rest]]).tolist())
+
+
 class AnswerOnlyTrainer(SFTTrainer):
     """TRL's SFTTrainer with the answer-only loss and SCS on held-out prompts as an evaluation metric."""
 
@@ -163,6 +191,11 @@ class AnswerOnlyTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.held_out_scs = held_out_scs
         self.model_accepts_loss_kwargs = True  # num_items_in_batch reaches compute_loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = answer_loss(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
@@ -203,9 +236,12 @@ def finetune(
     """Fine-tune and save the best adapter (peft format) in `out`; returns the history: step, loss, eval_loss, scs, learning_rate.
 
     Checkpoints lie in `out`/checkpoints; started again with the same `out`, training goes on from the last one.
+    A finished run is not repeated; a folder that holds a run with other settings or data is refused (InputError).
     `held_out_scs(model, tokenizer)` is called at every evaluation; without it the lowest loss decides.
     """
     settings, out = settings or LoraSettings(), Path(out)
+    if claim_folder(out, settings, train, base_model):
+        return read_table(out / "history.csv")
     set_seed(settings.seed)
     tokenizer = load_tokenizer(base_model)
     data = {
@@ -223,12 +259,31 @@ def finetune(
         held_out_scs=score,
         callbacks=[TimeBudget(settings.time_budget)],
     )
+    trainer.remove_callback(PrinterCallback)  # the history holds the log
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
     trainer.model.save_pretrained(out, safe_serialization=True)
     tokenizer.save_pretrained(out)
     history = training_history(trainer.state.log_history)
     write_table(history, out / "history.csv")
     return history
+
+
+def claim_folder(out: Path, settings: LoraSettings, train: pd.DataFrame, base_model: str | Path) -> bool:
+    """Mark `out` as belonging to this run; True when the run is finished there already.
+
+    Raises InputError when the folder belongs to another run: mixing two would resume one with the other's settings.
+    """
+    lasting = {key: value for key, value in asdict(settings).items() if key not in ("time_budget", "report_to")}
+    digest = text_id(*train[["original_text", "rewrite_prompt", "rewritten_text"]].to_numpy().ravel())
+    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": Path(base_model).name}))
+    mark = out / "run.json"
+    if mark.is_file() and (found := json.loads(mark.read_text())) != run:
+        differs = [key for key in run if found.get(key) != run[key]]
+        raise InputError(f"{out}: this folder holds a run with other {', '.join(differs)}; name a new one or remove it")
+    write_json(run, mark)
+    if not (out / "history.csv").is_file() or not (out / "adapter_model.safetensors").is_file():
+        return False
+    return int(read_table(out / "history.csv")["step"].max()) >= settings.steps
 
 
 def training_arguments(settings: LoraSettings, folder: Path, by_scs: bool = True) -> SFTConfig:
@@ -246,7 +301,6 @@ def training_arguments(settings: LoraSettings, folder: Path, by_scs: bool = True
         max_grad_norm=settings.clip,
         optim=settings.optimizer,
         gradient_checkpointing=settings.gradient_checkpointing,
-        train_sampling_strategy="group_by_length",
         eval_strategy="steps",
         save_strategy="steps",
         logging_steps=max(1, settings.evaluate_every // 5),

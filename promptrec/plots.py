@@ -27,19 +27,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from promptrec.errors import InputError
+from promptrec.tables import require_columns
 
 # Okabe and Ito (2008), ordered for contrast on white; yellow is left out, it is too pale for lines.
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = PALETTE = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#CC79A7",
-    "#56B4E9",
-    "#222222",
-)
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222")
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = PALETTE
 GREY = "#767676"  # 4.5:1 on white
 MARKERS = "osD^vP*"
 STYLE = {
@@ -94,10 +89,10 @@ def alt_into_cells(notebook: Any) -> int:
     for cell in notebook["cells"]:
         outputs = cell.get("outputs", [])
         texts = [out.get("metadata", {}).get("image/png", {}).get("alt") for out in outputs]
-        image = cell["metadata"].get("mystnb", {}).get("image", {})
-        if any(texts) and "alt" not in image:
-            cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})["alt"] = " ".join(filter(None, texts))
-            filled += 1
+        if any(texts):
+            image = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
+            filled += "alt" not in image
+            image.setdefault("alt", " ".join(filter(None, texts)))
     return filled
 
 
@@ -107,19 +102,11 @@ def length_histogram(table: pd.DataFrame, columns: Sequence[str]) -> Figure:
     _need(table, columns, "length_histogram")
     words = {column: table[column].fillna("").astype(str).str.split().str.len() for column in columns}
     figure, axes = _canvas()
-    bins = np.histogram_bin_edges(np.concatenate([counts.to_numpy() for counts in words.values()]), bins=30)
+    bins = np.histogram_bin_edges(np.concatenate(list(words.values())), bins=30)
     for index, (column, counts) in enumerate(words.items()):
-        label = f"{column} (median {counts.median():.0f})"
+        outline = {"color": _colour(index), "linestyle": _dash(index), "linewidth": 1.8}
         axes.hist(counts, bins, histtype="stepfilled", alpha=0.15, color=_colour(index))
-        axes.hist(
-            counts,
-            bins,
-            histtype="step",
-            linewidth=1.8,
-            linestyle=_dash(index),
-            color=_colour(index),
-            label=label,
-        )
+        axes.hist(counts, bins, histtype="step", label=f"{column} (median {counts.median():.0f})", **outline)
     _label(axes, "length (words)", "texts")
     axes.legend()
     medians = ", ".join(f"{column} {counts.median():.0f}" for column, counts in words.items())
@@ -131,33 +118,26 @@ def prompts_in_space(embeddings: np.ndarray, labels: Sequence, texts: Sequence[s
     """Embeddings [n, d] on their first two principal components, coloured by label (a split, a taxonomy).
 
     Labels beyond the six most frequent are drawn as "other". With `texts`, the prompt nearest to the
-    centre of each label is written beside its point.
+    centre of each label is ringed and quoted in the legend.
     """
     points, shares = _principal_plane(np.asarray(embeddings, dtype=float))
     if len(labels) != len(points) or (texts is not None and len(texts) != len(points)):
         raise InputError(f"prompts_in_space: {len(points)} embeddings need as many labels and texts")
     groups, names = _most_frequent(labels, keep=6)
-    figure, axes = _canvas(height=4.6)
+    figure, axes = _canvas(height=4.4)
     for index, name in enumerate(names):
-        chosen = points[groups == name]
-        axes.scatter(
-            *chosen.T,
-            s=22,
-            marker=MARKERS[index],
-            color=_colour(index),
-            alpha=0.75,
-            linewidths=0,
-            label=f"{name} ({len(chosen)})",
-        )
+        rows = np.flatnonzero(groups == name)
+        label = f"{name} ({len(rows)})"
         if texts is not None:
-            _write_central(axes, points, np.flatnonzero(groups == name), texts, _colour(index))
-    _label(axes, *(f"principal component {i + 1} ({share:.0%} of variance)" for i, share in enumerate(shares)))
+            central = _most_central(points, rows)
+            label += "\n" + textwrap.shorten(str(list(texts)[central]), 34, placeholder="…")
+            axes.scatter(*points[central], s=80, facecolors="none", edgecolors=BLACK, zorder=3)
+        style = {"marker": MARKERS[index], "color": _colour(index), "label": label}
+        axes.scatter(*points[rows].T, s=22, alpha=0.75, **style)
+    _label(axes, *(f"component {i} ({share:.0%} of variance)" for i, share in enumerate(shares, 1)))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return alt_text(
-        figure,
-        f"Scatter plot of {len(points)} prompt embeddings in two principal components, "
-        f"coloured by {len(names)} labels: {', '.join(map(str, names))}.",
-    )
+    text = f"Scatter plot of {len(points)} prompt embeddings on two principal components, coloured by label:"
+    return alt_text(figure, f"{text} {', '.join(names)}.")
 
 
 @_styled
@@ -173,59 +153,51 @@ def cluster_sizes(clusters: Sequence) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    return alt_text(
-        figure,
-        f"Bar chart of {len(sizes)} prompt clusters, largest {sizes[0]}, smallest {sizes[-1]}, "
-        f"mean {sizes.mean():.1f} prompts.",
-    )
+    text = f"largest {sizes[0]}, smallest {sizes[-1]}, mean {sizes.mean():.1f} prompts"
+    return alt_text(figure, f"Bar chart of the sizes of {len(sizes)} prompt clusters: {text}.")
 
 
 @_styled
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss above, held-out SCS below, over optimiser steps.
+    """Loss above, held-out SCS below, over optimiser steps; panels for what was logged.
 
     Columns: step, loss; optional eval_loss, scs, learning_rate (each with gaps, as a trainer logs them).
-    The best held-out SCS is ringed. A learning rate, where logged, gets a panel of its own.
+    The best held-out SCS is ringed.
     """
     _need(history, ["step", "loss"], "training_curves")
-    panels = ["loss"] + [column for column in ("scs", "learning_rate") if _logged(history, column)]
-    figure, axes = _canvas(len(panels), height=1.2 + 1.8 * len(panels), ratios=[3, 3, 1.5][: len(panels)])
-    _draw_loss(axes[0], history)
-    for panel, column in zip(axes[1:], panels[1:], strict=True):
-        _draw_scs(panel, history) if column == "scs" else _draw_rate(panel, history)
-    axes[-1].set_xlabel("optimiser step")
-    first, last = history["loss"].dropna().iloc[[0, -1]]
-    return alt_text(
-        figure,
-        f"Training curves over {history['step'].max()} steps; training loss goes from {first:.2f} to {last:.2f}.",
-    )
+    drawers = {"loss": _draw_loss, "scs": _draw_scs, "learning_rate": _draw_rate}
+    panels = [column for column in drawers if _logged(history, column)]
+    figure, axes = _canvas(len(panels), height=1.2 + 1.8 * len(panels))
+    for panel, column in zip(np.atleast_1d(axes), panels, strict=True):
+        drawers[column](panel, history)
+    np.atleast_1d(axes)[-1].set_xlabel("optimiser step")
+    ends = " to ".join(f"{loss:.2f}" for loss in history["loss"].dropna().iloc[[0, -1]])
+    best = f"; best held-out SCS {history['scs'].max():.3f}" if "scs" in panels else ""
+    return alt_text(figure, f"Training curves over {history['step'].max()} steps: loss from {ends}{best}.")
 
 
 @_styled
 def score_distributions(scores: pd.DataFrame) -> Figure:
-    """SCS of every row, a box and the rows themselves for each method, best mean on top. Columns: method, scs."""
+    """SCS of every row: a box and the rows themselves for each method, best mean on top.
+
+    Columns: method, scs.
+    """
     _need(scores, ["method", "scs"], "score_distributions")
     groups = {name: group["scs"].to_numpy() for name, group in scores.groupby("method")}
-    order = sorted(groups, key=lambda name: groups[name].mean())
-    figure, axes = _canvas(height=1.3 + 0.55 * len(order))
-    axes.boxplot(
-        [groups[name] for name in order],
-        orientation="horizontal",
-        widths=0.5,
-        showfliers=False,
-        medianprops={"color": BLACK, "linewidth": 1.6},
-        boxprops={"color": GREY},
-    )
+    groups = dict(sorted(groups.items(), key=lambda item: item[1].mean()))
+    figure, axes = _canvas(height=1.3 + 0.55 * len(groups))
+    box = {"medianprops": {"color": BLACK, "linewidth": 1.6}, "boxprops": {"color": GREY}}
+    axes.boxplot(list(groups.values()), orientation="horizontal", widths=0.5, showfliers=False, **box)
     jitter = np.random.default_rng(0)
-    for place, name in enumerate(order, start=1):
-        values = groups[name]
-        axes.scatter(values, place + jitter.uniform(-0.18, 0.18, len(values)), s=9, color=BLUE, alpha=0.4, linewidths=0)
+    for place, values in enumerate(groups.values(), start=1):
+        heights = place + jitter.uniform(-0.18, 0.18, len(values))
+        axes.scatter(values, heights, s=9, color=BLUE, alpha=0.35, linewidths=0)
         axes.plot(values.mean(), place, "D", color=VERMILLION, label="mean" if place == 1 else None)
-    axes.set_yticks(range(1, len(order) + 1), order)
+    axes.set_yticks(range(1, len(groups) + 1), groups)
     _label(axes, SCS_LABEL, "method")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
-    means = ", ".join(f"{name} {groups[name].mean():.3f}" for name in reversed(order))
-    return alt_text(figure, f"Box plots of SCS by row for {len(order)} methods. Means: {means}.")
+    means = ", ".join(f"{name} {values.mean():.3f}" for name, values in reversed(groups.items()))
+    return alt_text(figure, f"Box plots of SCS by row for {len(groups)} methods. Means: {means}.")
 
 
 @_styled
@@ -235,7 +207,7 @@ def method_intervals(table: pd.DataFrame) -> Figure:
     table = table.sort_values("mean")
     figure, axes = _canvas(height=1.1 + 0.38 * len(table))
     _draw_intervals(axes, table, [BLUE] * len(table), [BLUE] * len(table))
-    _label(axes, "mean SCS (interval)", "method")
+    _label(axes, "mean SCS, with interval (0 to 1)", "method")
     return alt_text(figure, f"Mean SCS with intervals, best first: {_spoken(table)}.")
 
 
@@ -251,9 +223,9 @@ def paired_differences(table: pd.DataFrame) -> Figure:
     fills = np.where(colours == GREY, "white", colours)
     figure, axes = _canvas(height=1.1 + 0.38 * len(table))
     axes.axvline(0, color=BLACK, linewidth=1)
-    _draw_intervals(axes, table, colours, fills)
-    _label(axes, "difference in SCS to the baseline, same rows (interval)", "method")
-    return alt_text(figure, f"Paired differences in SCS to the baseline, best first: {_spoken(table, '+.3f')}.")
+    _draw_intervals(axes, table, colours, fills, pattern="+.3f")
+    _label(axes, "difference in SCS to the baseline on the same rows, with interval", "method")
+    return alt_text(figure, f"SCS minus the baseline's, best first: {_spoken(table, '+.3f')}.")
 
 
 @_styled
@@ -268,25 +240,15 @@ def scores_by_cluster(frame: pd.DataFrame) -> Figure:
     figure, axes = _canvas(height=3.8)
     rank = np.arange(1, len(means) + 1)
     for index, method in enumerate(means.columns):
-        axes.plot(
-            rank,
-            means[method],
-            MARKERS[index % len(MARKERS)],
-            color=_colour(index),
-            markersize=5,
-            alpha=0.85,
-            label=method,
-        )
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": _colour(index), "label": method}
+        axes.plot(rank, means[method], linestyle="none", markersize=5, alpha=0.85, **style)
     if len(means) <= 30:
         names = [textwrap.shorten(str(name), 22, placeholder="…") for name in means.index]
         axes.set_xticks(rank, names, rotation=90 if max(map(len, names)) > 3 else 0)
     _label(axes, "prompt cluster, by mean SCS (hardest first)", "mean SCS (0 to 1)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method")
-    return alt_text(
-        figure,
-        f"Mean SCS of {means.shape[1]} methods in {len(means)} prompt clusters; the hardest cluster "
-        f"averages {means.iloc[0].mean():.2f}, the easiest {means.iloc[-1].mean():.2f}.",
-    )
+    ends = f"{means.iloc[0].mean():.2f} in the hardest to {means.iloc[-1].mean():.2f} in the easiest"
+    return alt_text(figure, f"Mean SCS of {means.shape[1]} methods in {len(means)} prompt clusters: {ends}.")
 
 
 @_styled
@@ -296,25 +258,17 @@ def cos_cubed(points: dict[str, float]) -> Figure:
     if wrong:
         raise InputError(f"cos_cubed: not a cosine between -1 and 1: {', '.join(wrong)}")
     figure, axes = _canvas(height=4)
-    start = min([0.0, *points.values()])
-    x = np.linspace(start, 1, 200)
+    x = np.linspace(min([0.0, *points.values()]), 1, 200)
     axes.plot(x, x, color=GREY, linestyle=":", label="cos")
     axes.plot(x, x**3, color=BLUE, label="cos³ = SCS")
-    heights = _spread([cosine**3 for cosine in sorted(points.values())], gap=0.075)
-    for index, (name, cosine) in enumerate(sorted(points.items(), key=lambda item: item[1])):
-        axes.plot(cosine, cosine**3, MARKERS[index % len(MARKERS)], color=VERMILLION, markersize=7, zorder=3)
-        axes.annotate(
-            f"{name}: {cosine:.2f} → {cosine**3:.2f}",
-            (cosine, cosine**3),
-            (1.05, heights[index]),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8},
-        )
+    points = dict(sorted(points.items(), key=lambda item: item[1]))
+    heights = _spread([cosine**3 for cosine in points.values()], gap=0.075)
+    for (name, cosine), height in zip(points.items(), heights, strict=True):
+        axes.plot(cosine, cosine**3, "o", color=VERMILLION, markersize=7, zorder=3)
+        _point_at(axes, f"{name}: {cosine:.2f} → {cosine**3:.2f}", (cosine, cosine**3), height)
     _label(axes, "cosine of the two embeddings", "score")
     axes.legend(loc="upper left")
-    spoken = "; ".join(f"{name}: cosine {cosine:.2f} gives {cosine**3:.2f}" for name, cosine in points.items())
+    spoken = "; ".join(f"{name}: cosine {cos:.2f} gives {cos**3:.2f}" for name, cos in points.items())
     return alt_text(figure, f"Curve of the score, the cube of the cosine. {spoken}.")
 
 
@@ -322,11 +276,11 @@ def cos_cubed(points: dict[str, float]) -> Figure:
 
 
 def _draw_loss(axes: Axes, history: pd.DataFrame) -> None:
-    for index, (column, label) in enumerate({"loss": "training", "eval_loss": "held out"}.items()):
+    lines = {"loss": ("-", BLUE, "training"), "eval_loss": ("--o", VERMILLION, "held out")}
+    for column, (line, colour, label) in lines.items():
         if _logged(history, column):
             rows = history.dropna(subset=[column])
-            mark = "o" if column == "eval_loss" else None
-            axes.plot(rows["step"], rows[column], _dash(index), marker=mark, color=_colour(index), label=label)
+            axes.plot(rows["step"], rows[column], line, color=colour, label=label)
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
 
@@ -334,17 +288,9 @@ def _draw_loss(axes: Axes, history: pd.DataFrame) -> None:
 def _draw_scs(axes: Axes, history: pd.DataFrame) -> None:
     rows = history.dropna(subset=["scs"])
     best = rows.loc[rows["scs"].idxmax()]
+    label = f"best: {best['scs']:.3f} at step {best['step']:.0f}"
     axes.plot(rows["step"], rows["scs"], "-o", color=GREEN, label="held-out rows")
-    axes.plot(
-        best["step"],
-        best["scs"],
-        "o",
-        markersize=12,
-        markerfacecolor="none",
-        markeredgecolor=BLACK,
-        linestyle="none",
-        label=f"best: {best['scs']:.3f} at step {best['step']:.0f}",
-    )
+    axes.plot([best["step"]], [best["scs"]], "o", color=BLACK, markersize=12, fillstyle="none", label=label)
     axes.set_ylabel("mean SCS (0 to 1)")
     axes.legend()
 
@@ -356,31 +302,29 @@ def _draw_rate(axes: Axes, history: pd.DataFrame) -> None:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def _draw_intervals(axes: Axes, table: pd.DataFrame, colours: Iterable[str], fills: Iterable[str]) -> None:
+def _draw_intervals(axes: Axes, table: pd.DataFrame, colours: Any, fills: Any, pattern: str = ".3f") -> None:
     """One dot and interval a row, upwards; the value is written above its dot."""
     places = np.arange(len(table))
     axes.hlines(places, table["low"], table["high"], colors=colours, linewidth=2.2)
     axes.scatter(table["mean"], places, s=42, color=fills, edgecolors=colours, linewidths=1.8, zorder=3)
-    signed = "+.3f" if (table["low"] < 0).any() else ".3f"
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "size": 8, "bbox": box}
     for place, mean in zip(places, table["mean"], strict=True):
-        axes.annotate(format(mean, signed), (mean, place), (0, 5), textcoords="offset points", ha="center", size=8)
+        axes.annotate(format(mean, pattern), (mean, place), **above)
     axes.set_yticks(places, table["method"])
     axes.set_ylim(-0.6, len(table) - 0.3)
 
 
-def _write_central(axes: Axes, points: np.ndarray, rows: np.ndarray, texts: Sequence[str], colour: str) -> None:
-    """Write the text of the point nearest to the centre of `rows`."""
-    row = rows[np.linalg.norm(points[rows] - points[rows].mean(axis=0), axis=1).argmin()]
-    axes.annotate(
-        textwrap.shorten(str(texts[row]), 38, placeholder="…"),
-        points[row],
-        (4, 4),
-        size=8,
-        color=colour,
-        textcoords="offset points",
-        zorder=4,
-        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
-    )
+def _point_at(axes: Axes, text: str, point: tuple[float, float], height: float) -> None:
+    """Write the text right of the axes, at this height, with a thin line to the point."""
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8}
+    place = {"xytext": (1.03, height), "textcoords": ("axes fraction", "data"), "annotation_clip": False}
+    axes.annotate(text, point, va="center", size=9, arrowprops=line, **place)
+
+
+def _most_central(points: np.ndarray, rows: np.ndarray) -> int:
+    """Which of these rows lies nearest to their common centre."""
+    return rows[np.linalg.norm(points[rows] - points[rows].mean(axis=0), axis=1).argmin()]
 
 
 def _principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -393,29 +337,26 @@ def _principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _most_frequent(labels: Sequence, keep: int) -> tuple[np.ndarray, list[str]]:
-    """Labels as strings with the rare ones merged into "other", and the names in the order of frequency."""
+    """Labels as strings with the rare ones merged into "other", and the names, most frequent first."""
     names = pd.Series([str(label) for label in labels])
     counts = names.value_counts()
-    if len(counts) > keep + 1:
+    if len(counts) > keep:
         names = names.where(names.isin(counts.index[:keep]), "other")
     return names.to_numpy(), list(names.value_counts().index)
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
-    """Move ascending label heights apart to at least `gap`, upwards, then down again below 1."""
-    for index in range(1, len(heights)):
-        heights[index] = max(heights[index], heights[index - 1] + gap)
-    overshoot = max(0.0, heights[-1] - 1) if heights else 0.0
-    for index in range(len(heights) - 1, -1, -1):
-        above = heights[index + 1] - gap if index + 1 < len(heights) else heights[index] - overshoot
-        heights[index] = min(heights[index], above)
-    return heights
+    """Ascending label heights, moved apart to at least `gap` and kept below 1."""
+    spread = []
+    for height in reversed(heights):
+        spread.append(min(height, spread[-1] - gap if spread else 1.0))
+    return spread[::-1]
 
 
-def _canvas(rows: int = 1, height: float = 3.4, ratios: Sequence[float] | None = None) -> tuple[Figure, Any]:
+def _canvas(rows: int = 1, height: float = 3.4) -> tuple[Figure, Any]:
     """An empty figure 7.2 inches wide with `rows` panels above one another, sharing their x axis."""
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    return figure, figure.subplots(rows, sharex=True, height_ratios=ratios)
+    return figure, figure.subplots(rows, sharex=True)
 
 
 def _label(axes: Axes, x: str, y: str) -> None:
@@ -437,22 +378,22 @@ def _logged(history: pd.DataFrame, column: str) -> bool:
 def _spoken(table: pd.DataFrame, pattern: str = ".3f") -> str:
     """Rows of method, mean, low, high (ascending) as text, best first."""
     rows = table[["method", "mean", "low", "high"]].iloc[::-1].itertuples(index=False)
-    return "; ".join(f"{row[0]} {row[1]:{pattern}} ({row[2]:{pattern}} to {row[3]:{pattern}})" for row in rows)
+    numbers = f"{{:{pattern}}} ({{:{pattern}}} to {{:{pattern}}})"
+    return "; ".join(f"{name} {numbers.format(*values)}" for name, *values in rows)
 
 
 def _need(table: pd.DataFrame, columns: Iterable[str], where: str) -> None:
-    """Refuse a table without these columns, or without rows, in words that say what to do."""
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{where}: no column {', '.join(missing)}; the table has {', '.join(map(str, table))}")
-    if not len(table):
+    """Refuse a table without these columns, or without rows."""
+    require_columns(table, columns, where)
+    if table.empty:
         raise InputError(f"{where}: the table has no rows")
 
 
 def _mimebundle(figure: Figure, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-    """What Jupyter asks a figure for: the PNG, and the alt text as its metadata."""
-    buffer = io.BytesIO()
+    """What Jupyter asks a figure for: a PNG of 256 colours (a third of the bytes), and its alt text."""
+    full, small = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=STYLE["figure.dpi"])
-    png = base64.b64encode(buffer.getvalue()).decode("ascii")
+        figure.savefig(full, format="png", dpi=STYLE["figure.dpi"])
+    Image.open(full).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    png = base64.b64encode(small.getvalue()).decode("ascii")
     return {"image/png": png, "text/plain": f"<Figure: {figure._alt}>"}, {"image/png": {"alt": figure._alt}}

@@ -175,6 +175,8 @@ def _environment_changes(name: str, fields: set[str]) -> dict[str, object]:
         given = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f'PROMPTREC_SETTINGS is not valid JSON ({error}); example: {{"rows": 200}}') from None
+    if not isinstance(given, dict):
+        raise InputError('PROMPTREC_SETTINGS must be a JSON object; example: {"rows": 200}')
     plain = {key: value for key, value in given.items() if key in fields}
     return plain | {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith(f"{name}.")}
 

@@ -152,7 +152,7 @@ def grammar_prompts(n: int, seed: int, part: str = "series", kinds: list[str] | 
     Columns: rewrite_prompt, style ("a+b" for a mixture, in the order of the wording), slots (a JSON object),
     taxonomy, kinds (joined by "|", "any" for every kind). `part` is "series" or "base" (wordings kept for
     pre-training); `kinds` keeps the styles that suit at least one of these kinds of text. The same seed gives the
-    same prompts. Raises InputError (a ValueError) for an unknown part or kind, and when n is out of reach.
+    same prompts. Raises InputError (a ValueError) for an unknown part and when n is out of reach.
     """
     singles, mixtures = _sources(part, kinds)
     room = (sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures))
@@ -181,8 +181,6 @@ def _sources(part: str, kinds: list[str] | None) -> tuple[list[tuple[Style, str]
     grammar = load_grammar()
     if part not in PARTS:
         raise InputError(f"part {part!r} of the grammar: use one of {', '.join(PARTS)}")
-    if unknown := set(kinds or []) - set(grammar.kinds):
-        raise InputError(f"unknown kinds of text {sorted(unknown)}: the grammar knows {', '.join(grammar.kinds)}")
 
     def suits(own: tuple[str, ...]) -> bool:
         return bool(own) and (kinds is None or "any" in own or bool(set(own) & set(kinds)))
@@ -339,10 +337,9 @@ def shipped_prompts() -> pd.DataFrame:
 def prompts_for(kind: str, prompts: pd.DataFrame) -> pd.DataFrame:
     """The rows of `prompts` (column kinds, as `grammar_prompts` gives it) that suit one kind of text.
 
-    Raises InputError for a kind that the grammar does not know and for a table without kinds.
+    A kind that the grammar has never heard of gets the prompts that suit any text. Raises InputError for a table
+    without the column.
     """
-    if kind not in load_grammar().kinds:
-        raise InputError(f"unknown kind of text {kind!r}: the grammar knows {', '.join(load_grammar().kinds)}")
     if "kinds" not in prompts.columns:
         raise InputError("prompts: the column 'kinds' is missing; use the table that grammar_prompts returns")
     suits = prompts["kinds"].map(lambda kinds: "any" in (own := kinds.split("|")) or kind in own)

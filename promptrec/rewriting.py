@@ -38,9 +38,8 @@ def rewrite_table(
     done = _read_log(Path(log), table)
     todo = table.iloc[shard[0] :: shard[1]]
     todo = todo[~todo["id"].isin(done)]
-    todo = todo.loc[
-        todo["original_text"].str.len().sort_values(ascending=False, kind="stable").index
-    ]  # longest first: out of memory shows at once
+    longest_first = todo["original_text"].map(len).to_numpy().argsort(kind="stable")[::-1]
+    todo = todo.iloc[longest_first]  # so that running out of memory shows at once
     started = time.monotonic()
     for start in progress(range(0, len(todo), batch_size), desc=f"rewrite ({rewriter.name})"):
         if stop_after is not None and time.monotonic() - started > stop_after:
@@ -73,8 +72,10 @@ def _read_log(log: Path, table: pd.DataFrame) -> dict[str, str]:
         return {}
     prompts = dict(zip(table["id"], table["rewrite_prompt"], strict=True))
     rows = read_jsonl(log, tolerate_torn_tail=True)
-    for row in rows:
-        if row.get("id") in prompts and row.get("rewrite_prompt") != prompts[row["id"]]:
+    for number, row in enumerate(rows, 1):
+        if not {"id", "rewrite_prompt", "rewritten_text"} <= row.keys():
+            raise InputError(f"{log}: line {number} is not a row of a rewriting log; name a new --out file")
+        if row["id"] in prompts and row["rewrite_prompt"] != prompts[row["id"]]:
             raise InputError(f"{log}: id {row['id']!r} was rewritten with another prompt; name a new --out file")
     return {row["id"]: row["rewritten_text"] for row in rows}
 

@@ -50,7 +50,7 @@ class Scorer:
 
     def encode(self, texts: Sequence[str], show_progress: bool = False) -> np.ndarray:
         """Float32 [n, d] unit vectors in the order of `texts`, however often a text occurs."""
-        new = sorted({text for text in texts if text not in self._known}, key=len)
+        new = sorted({text for text in texts if text not in self._known}, key=lambda text: (len(text), text))
         batches = range(0, len(new), self.batch_size)
         for start in progress(batches, desc=f"embed ({self.name})") if show_progress else batches:
             batch = new[start : start + self.batch_size]  # sorted by length: little padding
@@ -103,10 +103,10 @@ class TensorFlowT5Scorer(Scorer):
         import tensorflow_text  # noqa: F401  registers the SentencePiece ops inside the graph
 
         tf.config.set_visible_devices([], "GPU")  # the language model needs the accelerators
-        self._tf = tf
+        self._tf, self._model = tf, model
         if Path(model).is_dir():
             self._call = _load_saved_model(tf, model)
-        elif str(model).startswith("/"):
+        elif str(model).startswith(("/", ".", "~")):
             raise InputError(f"{model}: no such directory; attach the sentence-t5 st5-base SavedModel there")
         else:
             import tensorflow_hub
@@ -114,12 +114,17 @@ class TensorFlowT5Scorer(Scorer):
             self._call = tensorflow_hub.load(str(model))
 
     def _encode(self, texts: list[str]) -> np.ndarray:
-        output = self._call(self._tf.constant(texts))
-        vectors = output[0] if isinstance(output, list | tuple) else output
-        if vectors.shape.rank != 2 or vectors.shape[0] != len(texts):
+        try:
+            output = self._call(self._tf.constant(texts))
+        except (TypeError, ValueError, self._tf.errors.OpError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{self._model}: cannot be called on strings ({reason}); is this sentence-t5?") from None
+        vectors = output[0] if isinstance(output, list | tuple) and output else output
+        shape = getattr(vectors, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != len(texts):
             raise InputError(
-                f"the SavedModel returned shape {tuple(vectors.shape)} for {len(texts)} texts; expected "
-                f"[{len(texts)}, 768]: is this sentence-t5?"
+                f"{self._model}: returned {'no tensor' if shape is None else f'shape {tuple(shape)}'} for {len(texts)} "
+                f"texts; expected [{len(texts)}, 768]: is this sentence-t5?"
             )
         return vectors.numpy()
 
@@ -239,7 +244,7 @@ def check_predictions(predictions: pd.DataFrame, truth: pd.DataFrame) -> pd.Data
     if len(absent):
         raise InputError(f"predictions: no row for id {absent.iloc[0]!r} ({len(absent)} of {len(truth)} are missing)")
     renamed = predictions[["id", "rewrite_prompt"]].rename(columns={"rewrite_prompt": "prediction"})
-    return truth.merge(renamed, on="id", how="left", validate="one_to_one")
+    return truth.drop(columns="prediction", errors="ignore").merge(renamed, on="id", how="left", validate="one_to_one")
 
 
 def check_texts(table: pd.DataFrame, column: str, where: str) -> None:

@@ -90,6 +90,9 @@ def drop_mixed(table: pd.DataFrame, original_split: pd.Series, prompt_split: pd.
 
 def check_split(table: pd.DataFrame) -> pd.DataFrame:
     """Raise InputError unless every prompt cluster and every original lies in one split only; returns the table."""
+    for column in ("prompt_cluster", "split"):
+        if table[column].isna().any():
+            raise InputError(f"split: {int(table[column].isna().sum())} rows have no {column}; split the table again")
     for column in ("prompt_cluster", "original_text", "rewrite_prompt"):
         sides = table.groupby(column)["split"].nunique()
         if (sides > 1).any():

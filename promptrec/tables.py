@@ -49,7 +49,7 @@ def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
     if table.empty and not allow_empty:
         raise InputError(f"{path}: the table has no rows")
@@ -69,17 +69,19 @@ def require_columns(table: pd.DataFrame, required: Iterable[str], where: str) ->
 
 
 def read_jsonl(path: str | Path, tolerate_torn_tail: bool = False) -> list[dict]:
-    """Rows of a JSONL file. With `tolerate_torn_tail`, a last line cut off by a killed run is left out."""
+    """Rows of a JSONL file. With `tolerate_torn_tail`, a last line without its newline (a killed run) is left out."""
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = Path(path).read_bytes().split(b"\n")
+    if tolerate_torn_tail:
+        lines.pop()  # what append_jsonl would cut off; it may end within a character
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: line {number} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
         except json.JSONDecodeError:
-            if tolerate_torn_tail and number == len(lines):
-                break
             raise InputError(f"{path}: line {number} is not valid JSON") from None
         if not isinstance(rows[-1], dict):
             raise InputError(f"{path}: line {number} is not a JSON object")
@@ -95,26 +97,34 @@ def append_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
+        _lock(file)  # processes that share a log take turns
         _cut_torn_tail(file)
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())
 
 
+def _lock(file) -> None:
+    """Hold an open file for this process until it is closed, where the system has file locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def _cut_torn_tail(file) -> None:
-    """Truncate an open binary file after its last newline."""
-    file.seek(0, os.SEEK_END)
-    end = file.tell()
-    while end > 0:
-        start = max(0, end - 65536)
+    """Truncate an open binary file after its last newline, if anything stands behind it."""
+    keep = end = file.seek(0, os.SEEK_END)
+    while keep > 0:
+        start = max(0, keep - 65536)
         file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
+        newline = file.read(keep - start).rfind(b"\n")
+        keep = start + newline + 1
         if newline >= 0:
-            file.truncate(start + newline + 1)
             break
-        end = start
-    else:
-        file.truncate(0)
+    if keep < end:
+        file.truncate(keep)
     file.seek(0, os.SEEK_END)
 
 

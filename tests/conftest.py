@@ -1,0 +1,75 @@
+"""Shared fixtures: a clean environment, the MiniLM scorer loaded once, a fast exact scorer, the command line in-process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # tests never reach for the network
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from promptrec.scoring import Scorer, get_scorer
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """No PROMPTREC_* variable of the developer's shell reaches a test, and none that a test sets outlives it."""
+    for name in ("PROFILE", "SETTINGS", "INPUT", "OUT", "NOTEBOOKS"):
+        monkeypatch.setenv(f"PROMPTREC_{name}", "")  # registers the variable, so that it is restored afterwards
+        monkeypatch.delenv(f"PROMPTREC_{name}")
+
+
+class WordScorer(Scorer):
+    """Bags of words as unit vectors (64 dims, hashed): exact, instant, and it counts what it is asked to encode."""
+
+    name = "bag of words (test)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded: list[str] = []
+
+    def _encode(self, texts):
+        self.encoded += texts
+        rows = np.zeros((len(texts), 64), dtype=np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().split():
+                rows[row, hashlib.sha256(word.strip(".,!?:").encode()).digest()[0] % 64] += 1
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+
+
+@pytest.fixture
+def word_scorer() -> WordScorer:
+    return WordScorer()
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The embedded MiniLM, loaded once for all tests (and shared with the command line, which caches it too)."""
+    return get_scorer("minilm")
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys, tmp_path):
+    """function(*arguments) -> (exit code, stdout, stderr) of the real entry point, run in an empty folder."""
+    from promptrec.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROMPTREC_PROFILE", "local")
+
+    def call(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["promptrec", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call

@@ -1,0 +1,210 @@
+"""Profiles: which one is chosen and why, overrides that are type-checked, settings from the environment."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from promptrec import profiles
+from promptrec.errors import InputError
+from promptrec.profiles import PROFILES, activate, describe, detect, get_profile, missing_inputs, override
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    rows: int = 100
+    rate: float = 0.5
+    name: str = "toy"
+    shuffle: bool = True
+    layers: tuple = ("q", "v")
+    limit: object = None
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """function(*paths): only these device paths and folders exist."""
+    for name in ("TPU_WORKER_ID",):
+        monkeypatch.delenv(name, raising=False)
+
+    def has(*paths):
+        monkeypatch.setattr(profiles.os.path, "isdir", lambda path: path in paths)
+        monkeypatch.setattr(profiles.os.path, "exists", lambda path: path in paths)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ((), "local"),
+        (("/dev/nvidia0",), "gpu"),
+        (("/kaggle/working",), "kaggle-t4x2"),
+        (("/kaggle/working", "/dev/nvidia0"), "kaggle-t4x2"),
+        (("/kaggle/working", "/dev/accel0"), "kaggle-tpu"),
+        (("/dev/accel0",), "local"),
+    ],
+)
+def test_the_machine_decides_where_nothing_is_said(machine, paths, expected):
+    machine(*paths)
+    assert detect() == expected
+    assert get_profile().name == expected
+
+
+def test_a_tpu_worker_is_seen_through_its_variable(machine, monkeypatch):
+    machine("/kaggle/working")
+    monkeypatch.setenv("TPU_WORKER_ID", "0")
+    assert detect() == "kaggle-tpu"
+
+
+def test_an_argument_beats_the_variable_and_the_variable_beats_detection(machine, monkeypatch):
+    machine("/dev/nvidia0")
+    monkeypatch.setenv("PROMPTREC_PROFILE", "kaggle-tpu")
+    assert get_profile().name == "kaggle-tpu"
+    assert get_profile("local").name == "local"
+
+
+@pytest.mark.parametrize("name", ["kaggle", "Local", "gpu "])
+def test_an_unknown_profile_is_refused_with_the_known_ones(name):
+    with pytest.raises(InputError, match="choose one of local, gpu, kaggle-t4x2, kaggle-tpu"):
+        get_profile(name)
+
+
+def test_input_root_and_output_folder_can_be_moved(monkeypatch):
+    monkeypatch.setenv("PROMPTREC_INPUT", "/mock")
+    monkeypatch.setenv("PROMPTREC_OUT", "/elsewhere")
+    profile = get_profile("kaggle-t4x2")
+    assert profile.scorer_model == "/mock/sentence-t5/tensorflow2/st5-base/1"
+    assert profile.base_model.startswith("/mock/gemma/transformers")
+    assert (profile.input_root, profile.out) == ("/mock", "/elsewhere")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_no_placeholder_is_left_in_a_filled_profile(name):
+    assert "{root}" not in str(dataclasses.asdict(get_profile(name)))
+
+
+def test_a_profile_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        get_profile("local").scorer = "t5-tf"
+
+
+@pytest.mark.parametrize(("name", "hints"), [("kaggle-t4x2", 3), ("kaggle-tpu", 3), ("gpu", 0)])
+def test_missing_inputs_say_what_to_attach(monkeypatch, tmp_path, name, hints):
+    monkeypatch.setenv("PROMPTREC_INPUT", str(tmp_path))
+    lines = missing_inputs(get_profile(name))
+    assert len(lines) == hints
+    assert all("attach the Kaggle model" in line for line in lines)
+
+
+def test_attached_inputs_are_not_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMPTREC_INPUT", str(tmp_path))
+    profile = get_profile("kaggle-t4x2")
+    os.makedirs(profile.base_model)
+    os.makedirs(profile.scorer_model)
+    assert missing_inputs(profile) == []
+
+
+ACTIVATE = """
+import os, sys
+from promptrec.profiles import activate, get_profile
+activate(get_profile("kaggle-tpu"))
+print(os.environ["KERAS_BACKEND"], os.environ["HF_HUB_OFFLINE"], "keras" in sys.modules, "torch" in sys.modules)
+"""
+
+
+def test_activate_sets_the_backend_and_imports_no_framework(tmp_path):
+    clean = {key: value for key, value in os.environ.items() if key not in ("KERAS_BACKEND", "HF_HUB_OFFLINE")}
+    environment = clean | {"PROMPTREC_OUT": str(tmp_path / "out")}
+    printed = subprocess.check_output([sys.executable, "-c", ACTIVATE], env=environment, text=True)
+    assert printed.split() == ["jax", "1", "False", "False"]
+    assert (tmp_path / "out").is_dir()
+
+
+def test_activate_respects_what_the_user_has_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    monkeypatch.setenv("PROMPTREC_OUT", str(tmp_path))
+    activate(get_profile("local"))
+    assert os.environ["KERAS_BACKEND"] == "torch"
+
+
+# --- settings
+
+
+def test_overrides_give_a_changed_copy():
+    settings = ToySettings()
+    assert override(settings, rows=7, rate=0.25, layers=("k",)) == ToySettings(rows=7, rate=0.25, layers=("k",))
+    assert settings == ToySettings()
+
+
+def test_integers_become_floats_and_lists_become_tuples_where_the_setting_is_one():
+    changed = override(ToySettings(), rate=1, layers=["k", "o"])
+    assert (changed.rate, type(changed.rate), changed.layers) == (1.0, float, ("k", "o"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("rows", "7", "int"),
+        ("rows", 7.0, "int"),
+        ("rows", True, "int"),
+        ("rows", None, "int"),
+        ("rate", "0.5", "float"),
+        ("rate", True, "float"),
+        ("name", 5, "str"),
+        ("shuffle", 1, "bool"),
+        ("layers", "qv", "tuple"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(key, value, kind):
+    with pytest.raises(InputError, match=rf"ToySettings\.{key} must be {kind}, not"):
+        override(ToySettings(), **{key: value})
+
+
+def test_a_setting_without_a_default_type_takes_anything():
+    assert override(ToySettings(), limit="all").limit == "all"
+
+
+def test_unknown_settings_are_named_with_the_known_ones():
+    with pytest.raises(InputError, match=r"no setting lr, row; it has layers, limit, name, rate, rows, shuffle"):
+        override(ToySettings(), row=7, lr=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('{"rows": 3}', 3),
+        ('{"ToySettings.rows": 4}', 4),
+        ('{"rows": 3, "ToySettings.rows": 4}', 4),
+        ('{"OtherSettings.rows": 9}', 50),
+        ('{"of_no_class": 1}', 50),
+        ("{}", 50),
+    ],
+)
+def test_environment_settings_are_applied_last(monkeypatch, text, rows):
+    monkeypatch.setenv("PROMPTREC_SETTINGS", text)
+    assert override(ToySettings(), rows=50).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("rows=3", "not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ("3", "must be a JSON object"),
+        ('{"rows": "3"}', "ToySettings.rows must be int"),
+        ('{"ToySettings.row": 3}', "ToySettings has no setting row"),
+    ],
+)
+def test_bad_environment_settings_are_refused(monkeypatch, text, reason):
+    monkeypatch.setenv("PROMPTREC_SETTINGS", text)
+    with pytest.raises(InputError, match=reason):
+        override(ToySettings())
+
+
+def test_describe_echoes_every_setting_on_its_line():
+    lines = describe(ToySettings()).splitlines()
+    assert [line.split()[0] for line in lines] == ["rows", "rate", "name", "shuffle", "layers", "limit"]
+    assert lines[0].endswith("100")
