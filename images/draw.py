@@ -169,7 +169,7 @@ def lora() -> Figure:
     _text(axes, 490, 168, "A", 18, weight="bold")
     _small(axes, 490, 144, f"{columns:,} columns")
     _small(axes, 490, 194, f"r = {RANK} rows, drawn thicker")
-    _text(axes, 470, 52, "trained, 16 or 32 bit", 12, weight="bold", color=VERMILLION)
+    _text(axes, 470, 52, "trained, in fp32", 12, weight="bold", color=VERMILLION)
     _small(axes, 490, 226, "A starts random, B at zero:")
     _small(axes, 490, 241, "step 0 is the base model")
     _matrix(axes, 578, 102, 16, 132, "white", INK)

@@ -20,7 +20,7 @@ LEAD_IN = re.compile(
         [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n]{{0,300}}?:\**[^\S\n]*\n\s*      # Sure, here is ...: (line end)
       | [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n:]{{0,300}}:\**\ +(?=\S)          # Sure, here is ...: text
       | [\*\#\ ]*{_OPENER}[^\n]{{0,60}}?{_HERE}[^\n:]{{0,150}}{_END}                 # Sure, I can do that.
-      | [\*\#\ ]*{_OPENER}[^\n:.!]{{0,150}}(?::\**[^\S\n]*\n\s*|[.!]\s*\n\s*\n)      # Certainly! Okay, a poem it is:
+      | [\*\#\ ]*{_OPENER}(?:\ thing)?(?=[,:.!])[,.!]?[^\n:.!]{{0,150}}(?::\**[^\S\n]*\n\s*|[.!]\s*\n\s*\n)  # Okay, a poem:
       | [\*\#\ ]*(?:[^\n.:]{{1,30}}[,!.]\ )?(?:here(?:['’]s|\ is|\ are|\ we\ go|\ goes)|below\ (?:is|are))\b
         [^\n]{{0,250}}?:\**[^\S\n]*\n\s*                                                 # Well, here is ...:
       | (?:this\ is|i(?:['’]ve|\ have))\b[^\n]{{0,60}}?{_MADE}[^\n]{{0,200}}?:[^\S\n]*\n\s*             # I have rewritten ...:

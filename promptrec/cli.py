@@ -159,6 +159,8 @@ def _activated(name: str | None, out: Path | None = None):
 def _ending(path: Path, *endings: str) -> None:
     if path.suffix not in endings:
         raise InputError(f"--out {path}: name a file ending in {' or '.join(endings)}")
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file")
 
 
 def _shard(text: str) -> tuple[int, int]:

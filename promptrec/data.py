@@ -183,7 +183,7 @@ def _pair_split(originals: pd.DataFrame, prompts: pd.DataFrame, rows: int, rng: 
     found, seen, before = [], set(), -1
     while before < len(found) < rows:
         before = len(found)  # a pass that adds nothing is the last one: every pair is used
-        for position in rng.permutation(len(prompts))[: rows - before]:
+        for position in rng.permutation(len(prompts)):
             prompt, kinds = prompts["rewrite_prompt"].iloc[position], prompts["kinds"].iloc[position].split("|")
             suitable = (
                 everything if "any" in kinds else [[text, kind] for kind in kinds for text in by_kind.get(kind, [])]
@@ -198,6 +198,8 @@ def _pair_split(originals: pd.DataFrame, prompts: pd.DataFrame, rows: int, rng: 
                 text, kind = suitable[rng.integers(len(suitable))]
             seen.add((text, prompt))
             found.append({"original_text": text, "rewrite_prompt": prompt, "kind": kind})
+            if len(found) == rows:
+                break
     return pd.DataFrame(found, columns=["original_text", "rewrite_prompt", "kind"])
 
 

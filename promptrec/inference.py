@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from promptrec.cleaning import strip_lead_in
 from promptrec.data import check_cells
 from promptrec.errors import InputError
 from promptrec.scoring import Scorer, scs
@@ -39,11 +40,11 @@ class Recoverer(Protocol):
 
 
 def normalise(answer: str, fallback: str = FALLBACK) -> str:
-    """A model's raw answer as one clean line: marks, labels and quotes off, first paragraph, at most 60 words.
+    """A model's raw answer as one clean line: lead-in, marks, labels and quotes off, first paragraph, at most 60 words.
 
     An answer with nothing left becomes `fallback`: a blank row would void a submission.
     """
-    text = _MARKS.sub("", answer).strip()
+    text = _MARKS.sub("", strip_lead_in(answer)).strip()
     text = _OPENING.sub("", text).split("\n\n")[0]
     text = " ".join(text.split()[:LONGEST_ANSWER]).strip(" \"'`")
     return text if any(character.isalpha() for character in text) else fallback

@@ -130,6 +130,11 @@ def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     )
     torch.manual_seed(settings.seed)
     model = get_peft_model(model, config)
+    return adapters_in_fp32(model)
+
+
+def adapters_in_fp32(model: PeftModel) -> PeftModel:
+    """Cast what is trained to fp32. TRL casts adapters on a 4-bit base to bf16, while a resumed run reads fp32 ones."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -259,6 +264,7 @@ def finetune(
         held_out_scs=score,
         callbacks=[TimeBudget(settings.time_budget)],
     )
+    adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # the history holds the log
     trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
     trainer.model.save_pretrained(out, safe_serialization=True)

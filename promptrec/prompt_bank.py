@@ -1,8 +1,8 @@
 """The prompts of the series: shipped ones, and those that a Mad-Libs grammar makes.
 
-The grammar (assets/grammar.yaml) says for every style how people ask for it. `grammar_prompts` samples from it,
-`parse_prompt` reads a prompt back into its styles and slot values, exactly. Prompts written by a language model are
-not made here: they come with `shipped_prompts`.
+The grammar (assets/grammar.yaml) says for every style how people ask for it. `grammar_prompts` samples from
+it, `parse_prompt` reads a prompt back into its styles and slot values, exactly. Prompts written by a language
+model are not made here: they come with `shipped_prompts`.
 """
 
 from __future__ import annotations
@@ -14,136 +14,20 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 
 import pandas as pd
-import yaml
 
 from promptrec.errors import InputError
+from promptrec.grammar import ASSETS, Pattern, Style, load_grammar
 
-ASSETS = Path(__file__).parent / "assets"
 MIXTURE_SHARE = 0.15
 PARTS = ("series", "base")
-HOLE = re.compile(r"\{(\w+)\}")
-Reading = list[tuple[str, dict[str, str]]]  # what a prompt asks for: (style, slot values), in the order of the wording
+# What a prompt asks for: (style, slot values), in the order of the wording.
+Reading = list[tuple[str, dict[str, str]]]
 
 
-@dataclass(frozen=True)
-class Pattern:
-    """A phrasing with its holes: `count` different texts, numbered from 0."""
-
-    style: str
-    text: str
-    holes: tuple[tuple[str, tuple[str, ...]], ...]  # (name, values) in order of appearance
-    slots: tuple[str, ...]  # which of the holes carry meaning
-    is_request: bool  # begins in lower case, takes a frame, may be half of a mixture
-
-    @property
-    def count(self) -> int:
-        return math.prod(len(values) for _, values in self.holes)
-
-    def fill(self, index: int) -> tuple[str, dict[str, str]]:
-        """Text number `index` (mixed radix over the holes) and its slot values."""
-        chosen = {}
-        for name, values in self.holes:
-            index, digit = divmod(index, len(values))
-            chosen[name] = values[digit]
-        text = HOLE.sub(lambda hole: chosen[hole[1]], self.text)
-        return text, {name: chosen[name] for name in self.slots}
-
-
-@dataclass(frozen=True)
-class Style:
-    """One way of rewriting and the ways of asking for it; `series` and `base` wordings never meet."""
-
-    name: str
-    taxonomy: str
-    kinds: tuple[str, ...]
-    slots: tuple[str, ...]
-    series: tuple[Pattern, ...]
-    base: tuple[Pattern, ...]
-
-    def patterns(self, part: str) -> tuple[Pattern, ...]:
-        return self.series if part == "series" else self.base
-
-    def requests(self, part: str) -> list[Pattern]:
-        return [pattern for pattern in self.patterns(part) if pattern.is_request]
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """assets/grammar.yaml, checked: no text can be made by two styles."""
-
-    styles: dict[str, Style]
-    kinds: tuple[str, ...]
-    slots: dict[str, tuple[str, ...]]
-    frames: tuple[str, ...]
-    templates: tuple[str, ...]
-    pairs: frozenset[frozenset[str]]  # of taxonomies
-    alone: frozenset[str]
-
-    def mixed_kinds(self, first: Style, second: Style) -> tuple[str, ...]:
-        """The kinds of text that suit both styles; empty when the two do not go together."""
-        if self.alone & {first.name, second.name} or frozenset({first.taxonomy, second.taxonomy}) not in self.pairs:
-            return ()
-        if "any" in first.kinds:
-            return second.kinds
-        return first.kinds if "any" in second.kinds else tuple(k for k in first.kinds if k in second.kinds)
-
-    @cached_property
-    def requests(self) -> dict[str, tuple[str, dict[str, str]]]:
-        """Every request, filled in all ways: text -> (style, slot values)."""
-        return self._table(is_request=True)
-
-    @cached_property
-    def wholes(self) -> dict[str, tuple[str, dict[str, str]]]:
-        """Every complete prompt, filled in all ways: text -> (style, slot values)."""
-        return self._table(is_request=False)
-
-    def _table(self, is_request: bool) -> dict[str, tuple[str, dict[str, str]]]:
-        table: dict[str, tuple[str, dict[str, str]]] = {}
-        for style in self.styles.values():
-            for pattern in style.series + style.base:
-                for index in range(pattern.count if pattern.is_request == is_request else 0):
-                    text, slots = pattern.fill(index)
-                    if text in table:
-                        raise InputError(f"grammar: {table[text][0]} and {style.name} can both say {text!r}")
-                    table[text] = (style.name, slots)
-        return table
-
-
-@lru_cache(maxsize=1)
-def load_grammar() -> Grammar:
-    """Read assets/grammar.yaml (once). Raises InputError where two styles share a wording."""
-    raw = yaml.safe_load((ASSETS / "grammar.yaml").read_text(encoding="utf-8"))
-    slots = {name: tuple(values) for name, values in raw["slots"].items()}
-    fillers = slots | {name: tuple(values) for name, values in raw["words"].items()}
-
-    def pattern(style: str, text: str, wanted: tuple[str, ...]) -> Pattern:
-        holes = tuple(dict.fromkeys(HOLE.findall(text)))
-        if unknown := set(holes) - set(raw["words"]) - set(wanted):
-            raise InputError(f"grammar: style {style} uses the hole {sorted(unknown)} that it does not declare")
-        return Pattern(style, text, tuple((hole, fillers[hole]) for hole in holes), wanted, not text[0].isupper())
-
-    styles = {}
-    for name, entry in raw["styles"].items():
-        wanted = tuple(entry["slots"])
-        series, base = (tuple(pattern(name, text, wanted) for text in entry[key]) for key in ("phrasings", "base"))
-        styles[name] = Style(name, entry["taxonomy"], tuple(entry["kinds"]), wanted, series, base)
-    mixtures = raw["mixtures"]
-    return Grammar(
-        styles=styles,
-        kinds=tuple(raw["kinds"]),
-        slots=slots,
-        frames=tuple(raw["frames"]),
-        templates=tuple(mixtures["templates"]),
-        pairs=frozenset(frozenset(pair) for pair in mixtures["pairs"]),
-        alone=frozenset(mixtures["alone"]),
-    )
-
-
-# --- sampling ---------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------
 
 
 def grammar_prompts(n: int, seed: int, part: str = "series", kinds: list[str] | None = None) -> pd.DataFrame:
@@ -151,8 +35,8 @@ def grammar_prompts(n: int, seed: int, part: str = "series", kinds: list[str] | 
 
     Columns: rewrite_prompt, style ("a+b" for a mixture, in the order of the wording), slots (a JSON object),
     taxonomy, kinds (joined by "|", "any" for every kind). `part` is "series" or "base" (wordings kept for
-    pre-training); `kinds` keeps the styles that suit at least one of these kinds of text. The same seed gives the
-    same prompts. Raises InputError (a ValueError) for an unknown part and when n is out of reach.
+    pre-training); `kinds` keeps the styles that suit at least one of these kinds of text. The same seed gives
+    the same prompts. Raises InputError (a ValueError) for an unknown part and when n is out of reach.
     """
     singles, mixtures = _sources(part, kinds)
     room = (sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures))
@@ -187,7 +71,9 @@ def _sources(part: str, kinds: list[str] | None) -> tuple[list[tuple[Style, str]
 
     styles = [style for style in grammar.styles.values() if suits(style.kinds)]
     pairs = [(one, two, grammar.mixed_kinds(one, two)) for one, two in itertools.permutations(styles, 2)]
-    return [(style, part) for style in styles], [Mixture(one, two, k, part) for one, two, k in pairs if suits(k)]
+    return [(style, part) for style in styles], [
+        Mixture(one, two, k, part) for one, two, k in pairs if suits(k)
+    ]
 
 
 def _room(single: tuple[Style, str]) -> int:
@@ -230,7 +116,9 @@ class Mixture:
     def halves(self) -> tuple[list[Pattern], list[Pattern]]:
         """Requests for the first and for the second style; the second speaks of the text as "it"."""
         second = [
-            Pattern(p.style, p.text, tuple((h, ("it",) if h == "it" else v) for h, v in p.holes), p.slots, True)
+            Pattern(
+                p.style, p.text, tuple((h, ("it",) if h == "it" else v) for h, v in p.holes), p.slots, True
+            )
             for p in self.second.requests(self.part)
         ]
         return self.first.requests(self.part), second
@@ -253,7 +141,12 @@ class Mixture:
                     break
                 inner -= pattern.count
         (one, one_slots), (two, two_slots) = filled
-        prompt = templates[template].replace("{A}", one[0].upper() + one[1:]).replace("{a}", one).replace("{b}", two)
+        prompt = (
+            templates[template]
+            .replace("{A}", one[0].upper() + one[1:])
+            .replace("{a}", one)
+            .replace("{b}", two)
+        )
         name = f"{self.first.name}+{self.second.name}"
         return prompt, name, json.dumps(one_slots | two_slots), "mixture", "|".join(self.kinds)
 
@@ -273,7 +166,7 @@ def _shares(total: int, room: list[int], rng: random.Random) -> list[int]:
     return shares
 
 
-# --- reading back -----------------------------------------------------------------------------------------------
+# --- reading back -------------------------------------------------------------------------------------------
 
 
 def parse_prompt(prompt: str) -> Reading:
@@ -303,7 +196,7 @@ def readings(prompt: str) -> Iterator[Reading]:
 
 
 def _between(prompt: str, head: str, tail: str, raised: bool) -> Iterator[str]:
-    """What stands between head and tail, with its first letter lowered again where the frame had raised it."""
+    """What stands between head and tail, its first letter lowered again where the frame had raised it."""
     end = len(prompt) - len(tail)
     if not (prompt.startswith(head) and prompt.endswith(tail) and len(head) < end):
         return
@@ -314,7 +207,9 @@ def _between(prompt: str, head: str, tail: str, raised: bool) -> Iterator[str]:
         yield inner
 
 
-def _split_readings(inner: str, middle: str, requests: dict[str, tuple[str, dict[str, str]]]) -> Iterator[Reading]:
+def _split_readings(
+    inner: str, middle: str, requests: dict[str, tuple[str, dict[str, str]]]
+) -> Iterator[Reading]:
     start = inner.find(middle)
     while start >= 0:
         one, two = requests.get(inner[:start]), requests.get(inner[start + len(middle) :])
@@ -323,7 +218,7 @@ def _split_readings(inner: str, middle: str, requests: dict[str, tuple[str, dict
         start = inner.find(middle, start + 1)
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 
 def shipped_prompts() -> pd.DataFrame:
@@ -337,8 +232,8 @@ def shipped_prompts() -> pd.DataFrame:
 def prompts_for(kind: str, prompts: pd.DataFrame) -> pd.DataFrame:
     """The rows of `prompts` (column kinds, as `grammar_prompts` gives it) that suit one kind of text.
 
-    A kind that the grammar has never heard of gets the prompts that suit any text. Raises InputError for a table
-    without the column.
+    A kind that the grammar has never heard of gets the prompts that suit any text. Raises InputError for a
+    table without the column.
     """
     if "kinds" not in prompts.columns:
         raise InputError("prompts: the column 'kinds' is missing; use the table that grammar_prompts returns")

@@ -213,13 +213,17 @@ SCORERS = {
 }
 
 
-@lru_cache(maxsize=4)
 def get_scorer(name: str, path: str = "") -> Scorer:
     """A scorer by key (minilm, t5-tf, t5-hf), loaded once per process. Raises InputError for other names."""
     if name not in SCORERS:
         raise InputError(f"scorer {name!r} is unknown; choose one of {', '.join(SCORERS)}")
     if name != "minilm" and not path:
         raise InputError(f"scorer {name} needs a model path; set it in the profile or pass --scorer-model")
+    return _load_scorer(name, path)
+
+
+@lru_cache(maxsize=4)
+def _load_scorer(name: str, path: str) -> Scorer:
     return SCORERS[name](path)
 
 

@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from promptrec.errors import InputError
+from promptrec.plots import alt_into_cells
 from promptrec.profiles import Profile
 from promptrec.tables import progress, read_table
 
@@ -79,6 +80,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    alt_into_cells(notebook)
     return notebook
 
 

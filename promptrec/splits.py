@@ -65,11 +65,14 @@ def split_clusters(
     return [chosen[cluster] for cluster in clusters]
 
 
-def split_components(table: pd.DataFrame, fractions: Sequence[float] = FRACTIONS, seed: int = 0) -> pd.Series:
+def split_components(
+    table: pd.DataFrame, fractions: Sequence[float] = FRACTIONS, seed: int = 0, fixed: pd.Series | None = None
+) -> pd.Series:
     """Split of each row of finished triples such that no prompt cluster and no original is on two sides.
 
     Rows that share either hang together; each connected component goes to one split as a whole, so nothing has to
     be dropped. Needs columns original_text, prompt_cluster. Use it when the rewriting is done already.
+    `fixed` (NaN where open) keeps rows where they are; a component that joins several sides goes to the most held-out.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -78,8 +81,11 @@ def split_components(table: pd.DataFrame, fractions: Sequence[float] = FRACTIONS
     size = originals.max() + clusters.max() + 2
     edges = coo_matrix((np.ones(len(table)), (originals, clusters + originals.max() + 1)), shape=(size, size))
     labels = pd.Series(connected_components(edges, directed=False)[1][originals], index=table.index)
-    names = table["original_text"].groupby(labels).min()
-    return labels.map({label: hash_split(name, fractions, seed) for label, name in names.items()})
+    sides = {label: hash_split(name, fractions, seed) for label, name in table["original_text"].groupby(labels).min().items()}
+    if fixed is not None:
+        held_out = fixed.dropna().map(SPLITS.index).groupby(labels).max()
+        sides |= {label: SPLITS[side] for label, side in held_out.items()}
+    return labels.map(sides)
 
 
 def drop_mixed(table: pd.DataFrame, original_split: pd.Series, prompt_split: pd.Series) -> pd.DataFrame:

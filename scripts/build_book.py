@@ -39,7 +39,8 @@ def main() -> int:
     folder = args.out or ROOT
     if args.out:
         stage(args.notebooks, folder)
-    command = [sys.executable, "-m", "jupyter_book", "build", "-W", "--all", "--quiet", str(folder)]
+    executable = Path(sys.executable).with_name("jupyter-book")
+    command = [str(executable), "build", "-W", "--all", "--quiet", str(folder)]
     return subprocess.run(command, check=False).returncode
 
 

@@ -2,7 +2,8 @@
 
     python scripts/refresh_assets.py
 
-originals.csv (id, kind, text) gets `split`; triples.csv gets `prompt_cluster` and `split`; prompts.csv loses any prompt
+originals.csv (id, kind, text) gets `split`; triples.csv gets `prompt_cluster` and, where it has none, `split`: rows keep
+the side they have, unless new text links two sides (then both go to the more held-out one). prompts.csv loses any prompt
 that is closer than cosine .95 to another one or to a prompt of the triples. Hand-written columns are never changed.
 """
 
@@ -35,14 +36,14 @@ def main() -> None:
     kept = first_of_near(vectors)
     triples, vectors = triples[kept].reset_index(drop=True), vectors[kept]
     triples["prompt_cluster"] = cluster_prompts(vectors)
-    triples["split"] = split_components(triples)
+    triples["split"] = split_components(triples, fixed=triples.get("split"))
     check_split(triples)
 
     prompts = read_table(ASSETS / "prompts.csv")
     everything = np.concatenate([vectors, scorer.encode(prompts["rewrite_prompt"].tolist())])
     prompts = prompts[first_of_near(everything)[len(vectors) :]]
 
-    originals = read_table(ASSETS / "originals.csv").drop(columns="split", errors="ignore")
+    originals = read_table(ASSETS / "originals.csv")
     sides = dict(zip(triples["original_text"], triples["split"], strict=True))
     originals["split"] = [sides.get(text) or hash_split(text) for text in originals["text"]]
 

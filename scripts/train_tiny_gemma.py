@@ -4,7 +4,7 @@
 
 It learns to continue text and to follow a rewrite prompt in Gemma's turns. It never sees the recovery task, nor any
 original or triple of the validation and test splits, nor the wordings that the series asks with (it is asked with the
-grammar's `base` wordings). Two cores, bf16 autocast; deterministic up to the number of steps that fit the minutes.
+grammar's `base` wordings). Besides rewriting it practises copying and naming the kind of a text. Two cores, bf16 autocast; deterministic up to the number of steps that fit the minutes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import sentencepiece
 import torch
-from promptrec.rewriters.rules import RulesRewriter
 from torch.nn import functional as F
 from transformers import GemmaConfig, GemmaForCausalLM, GemmaTokenizer
 
@@ -29,10 +30,11 @@ from promptrec.cleaning import strip_lead_in
 from promptrec.data import shipped_originals, shipped_triples
 from promptrec.profiles import ASSETS
 from promptrec.prompt_bank import grammar_prompts, shipped_prompts
+from promptrec.rewriters.rules import RulesRewriter
 from promptrec.templates import chat_of, rewrite_request
 
 VOCABULARY = 4096
-WINDOW = 320  # tokens of a packed training row
+WINDOW = 256  # tokens of a packed training row
 INPUT_WEIGHT = 0.3  # language-modelling loss on the request beside loss 1 on the answer
 CONFIG = {
     "vocab_size": VOCABULARY,
@@ -51,28 +53,51 @@ CONFIG = {
 }
 
 
-def spans(originals: list[str], rng: random.Random, count: int) -> list[str]:
-    """Runs of whole sentences of 12 to 60 words, so that the model meets every text at several lengths."""
+def spans(texts: list[str], rng: random.Random, count: int) -> list[str]:
+    """Runs of whole sentences of 6 to 36 words, now and then with a sentence from elsewhere, so that no text is met
+    often enough to be learned by heart: what is to be learned is to copy."""
+    sentences = [[part.strip() for part in re.split(r"(?<=[.!?]) |\n+", text) if part.strip()] for text in texts]
     found = []
     while len(found) < count:
-        sentences = rng.choice(originals).replace("\n", " ").split(". ")
-        start = rng.randrange(len(sentences))
-        text = ". ".join(sentences[start : start + rng.randint(1, 4)]).strip()
-        if 8 <= len(text.split()) <= 60:
-            found.append(text if text.endswith((".", "!", "?")) else text + ".")
+        ours = rng.choice(sentences)
+        start = rng.randrange(len(ours))
+        run = ours[start : start + rng.randint(1, 3)]
+        if rng.random() < 0.3:
+            run.insert(rng.randint(0, len(run)), rng.choice(rng.choice(sentences)))
+        text = " ".join(run)
+        if 6 <= len(text.split()) <= 36:
+            found.append(text)
     return found
 
 
-def rewriting_examples(originals: list[str], count: int, seed: int) -> list[tuple[str, str]]:
+def rewriting_examples(texts: list[str], count: int, seed: int) -> list[tuple[str, str]]:
     """(request, answer) pairs made by the stand-in from the grammar's base wordings."""
     rng = random.Random(seed)
-    prompts = grammar_prompts(600, seed=seed, part="base")["rewrite_prompt"].tolist()
-    texts, asked = spans(originals, rng, count), [rng.choice(prompts) for _ in range(count)]
-    rewritten = RulesRewriter(seed=seed).rewrite(texts, asked)
+    prompts = grammar_prompts(3000, seed=seed, part="base")["rewrite_prompt"].tolist()
+    originals, asked = spans(texts, rng, count), [rng.choice(prompts) for _ in range(count)]
+    rewritten = RulesRewriter(seed=seed).rewrite(originals, asked)
     return [
         (rewrite_request(text, prompt, wrap=rng.randrange(3)), strip_lead_in(new))
-        for text, prompt, new in zip(texts, asked, rewritten, strict=True)
+        for text, prompt, new in zip(originals, asked, rewritten, strict=True)
     ]
+
+
+def copying_examples(texts: list[str], count: int, seed: int) -> list[tuple[str, str]]:
+    """Texts and shuffled words to be repeated word for word: this is where copying is learned fastest."""
+    rng = random.Random(seed + 1)
+    words = sorted({word for text in texts for word in text.split()})
+    salad = [" ".join(rng.choices(words, k=rng.randint(5, 24))) for _ in range(count // 2)]
+    asked = ("Repeat this text", "Copy the text word for word", "Return the text unchanged", "Say it again")
+    chosen = salad + spans(texts, rng, count - len(salad))
+    return [(rewrite_request(text, rng.choice(asked), wrap=rng.randrange(3)), text) for text in chosen]
+
+
+def kind_examples(originals: pd.DataFrame, count: int, seed: int) -> list[tuple[str, str]]:
+    """Original texts whose kind is asked for ("a film plot"): an answer about a text, but none about a rewrite."""
+    rng = random.Random(seed + 2)
+    rows = originals[["text", "kind"]].to_numpy().tolist()
+    pairs = [(spans([text], rng, 1)[0], kind) for text, kind in rng.choices(rows, k=count)]
+    return [(rewrite_request(text, "What kind of text is this?", wrap=rng.randrange(3)), f"It is from a {kind}.") for text, kind in pairs]
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> GemmaTokenizer:
@@ -170,20 +195,21 @@ def train(model: GemmaForCausalLM, stream: Stream, minutes: float, rows: int = 1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--examples", type=int, default=40000)
+    parser.add_argument("--examples", type=int, default=30000)
     parser.add_argument("--out", type=Path, default=ASSETS / "tiny-gemma")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    originals = shipped_originals().query("split == 'train'")["text"].tolist()
+    originals = shipped_originals().query("split == 'train'")
     triples = shipped_triples(["train"])
-    examples = rewriting_examples(originals, args.examples, args.seed)
+    texts = originals["text"].tolist() + [strip_lead_in(text) for text in triples["rewritten_text"]]
+    examples = rewriting_examples(texts, args.examples, args.seed)
+    others = copying_examples(texts, args.examples // 6, args.seed) + kind_examples(originals, args.examples // 12, args.seed)
     real = [
         (rewrite_request(row.original_text, row.rewrite_prompt), strip_lead_in(row.rewritten_text))
         for row in triples.itertuples()
     ]
-    texts = originals + [strip_lead_in(text) for text in triples["rewritten_text"]]
     wordings = shipped_prompts()["rewrite_prompt"].tolist() + triples["rewrite_prompt"].tolist()
     tokenizer = train_tokenizer(texts * 2 + wordings + [answer for _, answer in examples[:4000]], args.out)
 
@@ -191,8 +217,8 @@ def main() -> None:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     bos, eos, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id], chat_of("gemma").after_model
-    turns = [(bos + encode(request), encode(answer + end) + eos) for request, answer in examples + real * 6]
-    turns = [(request, answer) for request, answer in turns if len(request) + len(answer) <= 1.5 * WINDOW]
+    turns = [(bos + encode(request), encode(answer + end) + eos) for request, answer in examples + others + real * 3]
+    turns = [(request, answer) for request, answer in turns if len(request) + len(answer) <= WINDOW]
     plain = [
         bos + encode(text) + eos
         for text in texts + ["\n".join(wordings[i : i + 8]) for i in range(0, len(wordings), 8)]
@@ -203,7 +229,7 @@ def main() -> None:
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(turns)} turns, {len(plain)} texts", flush=True
     )
-    report = train(model, Stream(plain, turns, 0.75, args.seed), args.minutes)
+    report = train(model, Stream(plain, turns, 0.85, args.seed), args.minutes)
     model.to(torch.bfloat16).save_pretrained(args.out, safe_serialization=True)
     report |= {
         "parameters": model.num_parameters(),

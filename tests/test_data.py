@@ -221,6 +221,12 @@ def test_pairing_ends_when_the_pairs_are_used_up(originals, prompts):
     assert len(pair(originals, few, rows=1000)) == 8 * 2
 
 
+@pytest.mark.parametrize("rows", range(1, 12))
+def test_pairing_gives_as_many_rows_as_asked_for_although_some_prompts_suit_nothing(originals, prompts, rows):
+    train = prompts[prompts["split"] == "train"]
+    assert len(pair(originals, train, rows, seed=rows)) == rows
+
+
 def test_pairing_without_a_common_split_is_refused(originals, prompts):
     with pytest.raises(InputError, match="no split has both"):
         pair(originals[originals["split"] == "train"], prompts[prompts["split"] == "test"], 5)

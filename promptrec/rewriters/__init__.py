@@ -1,7 +1,7 @@
 """Rewriters: whatever turns (original text, prompt) into a rewritten text, behind one small contract.
 
-`rules.RulesRewriter` is the offline stand-in; `hf` and `keras_gemma` run real models and import their frameworks
-themselves, so nothing heavy is imported here.
+`rules.RulesRewriter` is the offline stand-in; `hf` and `keras_gemma` run real models and import their
+frameworks themselves, so nothing heavy is imported here.
 """
 
 from __future__ import annotations

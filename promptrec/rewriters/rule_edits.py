@@ -1,4 +1,4 @@
-"""The styles that change single words and sentences and leave the layout alone: questions, capitals, colours ...
+"""The styles that change words and sentences and leave the layout alone: questions, capitals, colours ...
 
 Each function takes (text, slots, rng) and returns the rewritten text.
 """
@@ -9,26 +9,21 @@ import re
 from random import Random
 
 from promptrec.rewriters.rule_text import (
-    MONTHS_AND_DAYS,
     Passage,
     deck,
     describe,
     fill,
     fix_articles,
-    lexicon,
-    lexicon_skip,
     lower_first,
     names,
-    phrases,
-    plural,
     raise_first,
     split_end,
     swap,
 )
 from promptrec.rewriters.rule_voices import FRAME_RATE, speak
+from promptrec.rewriters.rule_words import lexicon, phrases, plural, word_set
 
 Slots = dict[str, str]
-SMALL_WORDS = frozenset("a an the is was are were am be been being has had do does did that which to of".split())
 
 
 def one_sentence(text: str, slots: Slots, rng: Random) -> str:
@@ -48,13 +43,21 @@ def questions(text: str, slots: Slots, rng: Random) -> str:
     """Every sentence a question: turned round where it has a plain auxiliary, wrapped otherwise."""
     wraps = deck(phrases()["question_wraps"], rng)
     auxiliary = "is|are|was|were|has|had|have|will|would|can|could|must|should|may|might"
-    plain = re.compile(rf"((?:The|A|An|His|Her|Their|My) [a-z-]+|He|She|It|They|We|You|I|[A-Z]\w+) ({auxiliary}) (.+)")
+    plain = re.compile(
+        rf"((?:The|A|An|His|Her|Their|My) [a-z-]+|He|She|It|They|We|You|I|[A-Z]\w+) ({auxiliary}) (.+)"
+    )
 
     def ask(sentence: str) -> str:
         if sentence.rstrip("\"”’')").endswith("?"):
             return sentence
         body = split_end(sentence)[0]
-        if (match := plain.fullmatch(body)) and match[1].lower() not in {"there", "this", "that", "what", "who"}:
+        if (match := plain.fullmatch(body)) and match[1].lower() not in {
+            "there",
+            "this",
+            "that",
+            "what",
+            "who",
+        }:
             return f"{match[2].capitalize()} {lower_first(match[1])} {match[3]}?"
         return fill(next(wraps), {"s": lower_first(body), "S": raise_first(body)})
 
@@ -63,25 +66,31 @@ def questions(text: str, slots: Slots, rng: Random) -> str:
 
 
 def all_caps(text: str, slots: Slots, rng: Random) -> str:
-    """Some of the longer words in capitals, at least one a sentence."""
+    """Some of the longer words in capitals, at least one a sentence, and some full stops raised, too."""
 
     def shout(sentence: str) -> str:
         long = [w for w in re.findall(r"[A-Za-z’']+", sentence) if len(w) > 4]
-        chosen = [word for word in long if rng.random() < 0.4] or long[:1] or re.findall(r"[A-Za-z’']{3,}", sentence)
+        chosen = (
+            [word for word in long if rng.random() < 0.4]
+            or long[:1]
+            or re.findall(r"[A-Za-z’']{3,}", sentence)
+        )
         for word in chosen:
             sentence = re.sub(rf"\b{re.escape(word)}\b", word.upper(), sentence)
-        return sentence
+        return re.sub(r"\.$", "!", sentence) if rng.random() < 0.5 else sentence
 
     return Passage.of(text).map(shout).text()
 
 
 def alliteration(text: str, slots: Slots, rng: Random) -> str:
     """In front of most nouns one or two adjectives that begin with the same letter."""
-    skip = lexicon_skip()
+    skip = word_set("skip")
     words = {letter: deck(items, rng) for letter, items in lexicon()["_alliteration"].items()}
 
     def add(sentence: str) -> str:
-        spots = list(re.finditer(r"\b(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Tt]heir|[Oo]ur|[Ii]ts) ([a-z]+)", sentence))
+        spots = list(
+            re.finditer(r"\b(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Tt]heir|[Oo]ur|[Ii]ts) ([a-z]+)", sentence)
+        )
         spots = [spot for spot in spots if spot[1] not in skip]
         spots = spots or list(re.finditer(r"\b()([A-Za-z]{3,})", sentence))[-1:]
         for spot in reversed(spots):
@@ -95,7 +104,7 @@ def alliteration(text: str, slots: Slots, rng: Random) -> str:
 
 
 def emojis(text: str, slots: Slots, rng: Random) -> str:
-    """Emojis behind the words that have one, behind commas and behind every sentence, and a shout here and there."""
+    """Emojis behind the words that have one, commas and every sentence, and a shout here and there."""
     entry = lexicon()["_emojis"]
     generic, shouts = deck(entry["generic"], rng), deck(entry["shouts"], rng)
     known = re.compile(r"\b(" + "|".join(entry["words"]) + r")(s?)\b", re.IGNORECASE)
@@ -134,19 +143,25 @@ def creature(text: str, slots: Slots, rng: Random) -> str:
 def people_in(text: str) -> list[str]:
     """Names that do not look like places, days or titles of things."""
     places = r"\b(?:in|at|from|near|of|off|to|between|through|towards?|the|over|into|outside)\s+$"
-    streets = re.compile(r"\b(?:Street|Road|Lane|Avenue|School|Hotel|Bridge|River|Lake|Library|Park|Bay|House)\b")
+    streets = re.compile(
+        r"\b(?:Street|Road|Lane|Avenue|School|Hotel|Bridge|River|Lake|Library|Park|Bay|House)\b"
+    )
     found = []
     for name in names(text):
         before = text[: text.index(name)]
-        if not (re.search(places, before) or streets.search(name) or name.lower() in MONTHS_AND_DAYS):
+        if not (re.search(places, before) or streets.search(name) or name.lower() in word_set("dates")):
             found.append(name)
     return found
 
 
 AUXILIARY = "is|are|was|were|has|had|have|will|would|can|could|must|should|may|might|did|does"
 SUBJECT_VERB_REST = re.compile(rf"((?:[\w’'-]+ ){{1,6}}?)({AUXILIARY}) (.+)")
-SUBJECT_PAST_REST = re.compile(r"((?:[\w’'-]+ ){1,4}?)([a-z]+ed|[a-z]*(?:ew|ought|aw|ook|ave|ame|ent|old|oke|eft)) (.+)")
-LAST_PHRASE = re.compile(r"(.+) ((?:in|on|at|with|for|from|to|by|through|after|before|under|over|into|of) .+)")
+SUBJECT_PAST_REST = re.compile(
+    r"((?:[\w’'-]+ ){1,4}?)([a-z]+ed|[a-z]*(?:ew|ought|aw|ook|ave|ame|ent|old|oke|eft)) (.+)"
+)
+LAST_PHRASE = re.compile(
+    r"(.+) ((?:in|on|at|with|for|from|to|by|through|after|before|under|over|into|of) .+)"
+)
 
 
 def yoda(text: str, slots: Slots, rng: Random) -> str:
@@ -154,7 +169,7 @@ def yoda(text: str, slots: Slots, rng: Random) -> str:
 
     def turn(sentence: str) -> str:
         body, end = split_end(sentence)
-        if body.startswith(("\"", "“", "(")):
+        if body.startswith(('"', "“", "(")):
             return sentence
         clause, comma, more = body.partition(", ")
         if match := SUBJECT_VERB_REST.fullmatch(clause) or SUBJECT_PAST_REST.fullmatch(clause):

@@ -1,6 +1,6 @@
-"""The styles that are all layout: lists, lines, speakers, headings. Every sentence of the original stays in place.
+"""The styles that are all layout: lists, lines, speakers, headings. Every sentence stays in its place.
 
-Each function takes (text, slots, rng) and returns the rewritten text; the phrases are in assets/lexicon.yaml (_forms).
+Each function takes (text, slots, rng) and returns the rewritten text; its phrases are in assets/lexicon.yaml.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from promptrec.rewriters.rule_text import (
     deck,
     fill,
     finish,
-    lexicon,
     lower_first,
-    phrases,
     raise_first,
     swap,
     topics,
 )
 from promptrec.rewriters.rule_voices import FRAME_RATE, dress, with_lead, wrap
+from promptrec.rewriters.rule_words import lexicon, phrases, word_set
 
 Slots = dict[str, str]
-SMALL_WORDS = frozenset("a an the is was are were am be been being has had do does did that which to of".split())
-NOT_IN_TITLES = frozenset("a an the is was are were am be been being".split())
-TITLE_SMALL = frozenset("a an the and or but of in on at by to for with from as".split())
 
 
 def _maybe(lines: list[str], line: str, rng: Random, front: bool = False) -> list[str]:
@@ -48,14 +44,14 @@ def telegram(text: str, slots: Slots, rng: Random) -> str:
     parts = []
     for sentence in Passage.of(text).flat():
         words = re.findall(r"[\w’'%-]+(?:[.,:/]\d+)*", sentence)
-        kept = [word for word in words if word.lower() not in SMALL_WORDS]
+        kept = [word for word in words if word.lower() not in word_set("small_words")]
         parts.append(" ".join(kept or words).upper() + " STOP")
     parts = _maybe(parts, rng.choice(phrases()["telegram_openings"]), rng, front=True)
     return " ".join(_maybe(parts, rng.choice(phrases()["telegram_closings"]), rng))
 
 
 def bullets(text: str, slots: Slots, rng: Random) -> str:
-    """One bullet a sentence, without its full stop, most of them behind a bold keyword as chat models like it."""
+    """One bullet a sentence, without full stop, most of them behind a bold keyword as chat models like it."""
     mark, lines = rng.choice(["- ", "* ", "• "]), []
     for sentence in Passage.of(text).flat():
         label = f"**{raise_first(topics(sentence, 1)[0])}:** " if rng.random() < 0.85 else ""
@@ -64,11 +60,16 @@ def bullets(text: str, slots: Slots, rng: Random) -> str:
 
 
 def headline(text: str, slots: Slots, rng: Random) -> str:
-    """Title case without articles and auxiliaries: the first sentence on top, the others as lines under it."""
+    """Title case without articles and auxiliaries: the first sentence on top, the others under it."""
     lines = []
     for sentence in Passage.of(text).flat():
-        words = [word for word in bare(sentence).split() if word.lower() not in NOT_IN_TITLES] or sentence.split()
-        titled = [w if i and w.lower() in TITLE_SMALL else w[:1].upper() + w[1:] for i, w in enumerate(words)]
+        words = [
+            word for word in bare(sentence).split() if word.lower() not in word_set("not_in_titles")
+        ] or sentence.split()
+        titled = [
+            w if i and w.lower() in word_set("title_small") else w[:1].upper() + w[1:]
+            for i, w in enumerate(words)
+        ]
         lines.append(" ".join(titled))
     top = lines[0].upper() if rng.random() < 0.5 else lines[0]
     if rng.random() < 0.5:
@@ -81,20 +82,25 @@ def recipe(text: str, slots: Slots, rng: Random) -> str:
     things, leads = topics(text, 5), deck(phrases()["recipe_leads"], rng)
     measures = deck(phrases()["recipe_measures"], rng)
     lines = [fill(rng.choice(phrases()["recipe_titles"]), {"name": _topic(text, rng)}), "", "Ingredients:"]
-    lines += [f"- {next(measures)} {thing}" for thing in things] + ["", rng.choice(["Method:", "Preparation:"])]
+    lines += [f"- {next(measures)} {thing}" for thing in things] + [
+        "",
+        rng.choice(["Method:", "Preparation:"]),
+    ]
     steps = Passage.of(text).flat()
     lines += [f"{n}. {next(leads)}{lower_first(finish(step))}" for n, step in enumerate(steps, 1)]
     return "\n".join(_maybe(lines, rng.choice(phrases()["recipe_closings"]), rng))
 
 
 def _verse_lines(text: str, longest: int) -> list[str]:
-    """Break sentences into lines of at most `longest` words, at commas where there are some."""
+    """Break sentences into lines of at most `longest` words, at commas where that leaves no scraps."""
     lines = []
     for sentence in Passage.of(text).flat():
-        for clause in re.split(r"(?<=\w\w\w[,;:]) (?=\S+ \S+ \S+)", sentence):
-            words = clause.split()
-            rows = -(-len(words) // longest)
-            size = -(-len(words) // max(rows, 1))
+        clauses = [""]
+        for piece in re.split(r"(?<=[,;:]) ", sentence):
+            scrap = len(clauses[-1].split()) < 3 or len(piece.split()) < 3
+            clauses = [*clauses[:-1], f"{clauses[-1]} {piece}".strip()] if scrap else [*clauses, piece]
+        for words in map(str.split, clauses):
+            size = -(-len(words) // -(-len(words) // longest))
             lines += [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
     return lines
 
@@ -102,7 +108,9 @@ def _verse_lines(text: str, longest: int) -> list[str]:
 def sea_shanty(text: str, slots: Slots, rng: Random) -> str:
     """Lines of song with a call after every second one; the refrain stays the same."""
     calls = cycle(refrain := rng.choice(phrases()["shanty_refrains"]))
-    lines = [f"Oh, {lower_first(line)}" if n % 4 == 0 else line for n, line in enumerate(_verse_lines(text, 9))]
+    lines = [
+        f"Oh, {lower_first(line)}" if n % 4 == 0 else line for n, line in enumerate(_verse_lines(text, 9))
+    ]
     song = []
     for n in range(0, len(lines), 2):
         song += [*lines[n : n + 2], next(calls)]
@@ -213,8 +221,11 @@ def abstract(text: str, slots: Slots, rng: Random) -> str:
     entry = lexicon()["abstract"]
     marked = dress(swap(text, entry["words"], rng), entry, slots, rng)
     groups = _groups(Passage.of(marked).flat(), 4)
-    heads = phrases()["abstract_heads"][: len(groups) - 1] + ["Conclusion" if len(groups) > 1 else "Results"]
-    parts = [f"{head}: {raise_first(finish(' '.join(group)))}" for head, group in zip(heads, groups, strict=True)]
+    last = "Conclusion" if len(groups) > 1 else "Results"
+    heads = [*phrases()["abstract_heads"][: len(groups) - 1], last]
+    parts = [
+        f"{head}: {raise_first(finish(' '.join(group)))}" for head, group in zip(heads, groups, strict=True)
+    ]
     parts = _maybe(parts, rng.choice(phrases()["abstract_closings"]), rng)
     keywords = rng.choice(phrases()["abstract_keywords"]) + ", ".join(topics(text, 3)) + "."
     return rng.choice([" ", "\n"]).join(_maybe(parts, keywords, rng))

@@ -1,4 +1,4 @@
-"""Plain-text tools of the rule-based stand-in: sentences, names, word exchange, inflection. No style lives here.
+"""Plain-text tools of the rule-based stand-in: sentences, names, word exchange. No style lives here.
 
 Everything is deterministic: chance comes from the random.Random that the caller hands in.
 """
@@ -9,67 +9,19 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from random import Random
 
-import yaml
+from promptrec.rewriters.rule_words import common_words, word_pairs, word_set
 
-LEXICON = Path(__file__).parents[1] / "assets" / "lexicon.yaml"
-ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof st jr sr vs etc e.g i.e no nos fig al approx inc ltd co gen col sgt capt a.m p.m int ext".split()
-)
 SENTENCE_END = re.compile(r"[.!?…]+[\"”’')\]]*\s+(?=[\"“‘'(\[]?[A-Z0-9])")
 CLOSING = re.compile(r"[.!?…,;:]*[\"”’')\]]*$")
 SPEAKER = re.compile(r"[A-Z][\w.']*(?: [A-Z][\w.']*){0,2}: (?=\S)")
 CAPITALISED = re.compile(r"[A-Z][\w’'-]*[a-z](?: (?:of |de |van )?[A-Z][\w’'-]*[a-z])*")
 MARKER = re.compile(r"\s*(?:[-*•]|\d{1,2}[.)])\s+")
 HOLE = re.compile(r"\{(\w+)\}")
-MONTHS_AND_DAYS = frozenset(
-    "january february march april may june july august september october november december "
-    "monday tuesday wednesday thursday friday saturday sunday christmas easter".split()
-)
 
 
-@lru_cache(maxsize=1)
-def lexicon() -> dict[str, dict]:
-    """assets/lexicon.yaml: one entry per style, and the word lists whose names begin with an underscore."""
-    return yaml.safe_load(LEXICON.read_text(encoding="utf-8"))
-
-
-def phrases() -> dict[str, list]:
-    """The ready-made phrases of the forms (_forms in the lexicon)."""
-    return lexicon()["_forms"]
-
-
-@lru_cache(maxsize=1)
-def verbs() -> dict[str, str]:
-    """Base form -> past form."""
-    grammar = lexicon()["_grammar"]
-    table = {base: past_of(base) for base in grammar["regular"].split()}
-    return table | dict(pair.split() for pair in grammar["irregular"].split(","))
-
-
-@lru_cache(maxsize=1)
-def common_words() -> frozenset[str]:
-    """Words that carry a capital letter only because a sentence begins with them."""
-    words = set(lexicon()["_grammar"]["function"].split())
-    words.update(verbs(), verbs().values(), map(third_person, verbs()), map(ing_form, verbs()))
-    for entry in lexicon().values():
-        if isinstance(entry.get("words"), str):
-            words.update(source for source, _ in word_pairs(entry["words"]))
-    return frozenset(words - MONTHS_AND_DAYS)
-
-
-def word_pairs(table: str) -> list[tuple[str, list[str]]]:
-    """Read "a/b=c|d; e=f" as [(a, [c, d]), (b, [c, d]), (e, [f])]."""
-    pairs = []
-    for entry in filter(None, map(str.strip, table.split(";"))):
-        sources, _, targets = entry.partition("=")
-        pairs += [(source.lower(), targets.split("|")) for source in sources.split("/")]
-    return pairs
-
-
-# --- sentences --------------------------------------------------------------------------------------------------
+# --- sentences ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -82,7 +34,9 @@ class Passage:
     @classmethod
     def of(cls, text: str) -> Passage:
         parts = re.split(r"(\s*\n\s*)", text.strip())
-        return cls([sentences(line) for line in parts[::2]], [re.sub(r"[^\n]", "", gap) for gap in parts[1::2]])
+        return cls(
+            [sentences(line) for line in parts[::2]], [re.sub(r"[^\n]", "", gap) for gap in parts[1::2]]
+        )
 
     def map(self, change: Callable[[str], str]) -> Passage:
         """The same layout with every sentence changed; a sentence changed to nothing is dropped."""
@@ -94,15 +48,22 @@ class Passage:
 
     def flat(self) -> list[str]:
         """All sentences in order, without list markers."""
-        return [MARKER.sub("", s, count=1) if MARKER.match(s) else s for line in self.lines for s in line if s.strip()]
+        return [
+            MARKER.sub("", s, count=1) if MARKER.match(s) else s
+            for line in self.lines
+            for s in line
+            if s.strip()
+        ]
 
 
 def sentences(line: str) -> list[str]:
-    """Split one line after . ! ? where a capital or a number follows; "Mr. Smith" and "J. Smith" stay whole."""
+    """Split a line after . ! ? where a capital or a number follows; "Mr. Smith" and "J. Smith" stay whole."""
     found, start = [], 0
     for end in SENTENCE_END.finditer(line):
         last = re.split(r"[\s(\"“]", line[start : end.start()])[-1]
-        if end[0].startswith(".") and (last.lower() in ABBREVIATIONS or re.fullmatch(r"[A-Z]|\d{1,2}", last)):
+        if end[0].startswith(".") and (
+            last.lower() in word_set("abbreviations") or re.fullmatch(r"[A-Z]|\d{1,2}", last)
+        ):
             continue
         found.append(line[start : end.end()].strip())
         start = end.end()
@@ -138,7 +99,7 @@ def raise_first(sentence: str) -> str:
     return re.sub(r"^([\"“‘'(\[]*)([a-zà-ÿ])", lambda m: m[1] + m[2].upper(), sentence)
 
 
-# --- names and topics -------------------------------------------------------------------------------------------
+# --- names and topics ---------------------------------------------------------------------------------------
 
 
 def names(text: str) -> list[str]:
@@ -147,19 +108,25 @@ def names(text: str) -> list[str]:
     for match in CAPITALISED.finditer(text):
         words = match[0].split()
         if _starts_sentence(text, match.start()):
-            while words and words[0].lower() in common_words():
+            while words and _is_common(words[0]):
                 words.pop(0)
-        if words and not (len(words) == 1 and words[0].lower() in common_words() | MONTHS_AND_DAYS):
+        if words and not (
+            len(words) == 1 and (_is_common(words[0]) or words[0].lower() in word_set("dates"))
+        ):
             found[" ".join(words)] = None
     return list(found)
 
 
 def topics(text: str, n: int) -> list[str]:
     """The n things that a text seems to be about: its names, then its longest uncommon words."""
-    found = [name for name in names(text) if name.lower() not in MONTHS_AND_DAYS]
+    found = [name for name in names(text) if name.lower() not in word_set("dates")]
     words = dict.fromkeys(w for w in re.findall(r"\b[a-z]{4,}\b", text) if _may_be_noun(w))
     longest = sorted(words, key=len, reverse=True)[: max(0, n - len(found))]
     return (found + [word for word in words if word in longest])[:n] or re.findall(r"\w+", text)[:n] or ["it"]
+
+
+def _is_common(word: str) -> bool:
+    return re.split("['’]", word.lower())[0] in common_words()
 
 
 def _may_be_noun(word: str) -> bool:
@@ -171,24 +138,32 @@ def _starts_sentence(text: str, position: int) -> bool:
     return not before or before[-1] in ".!?\n…:" or bool(re.search(r"\n\s*[-*•]?\s*$", text[:position]))
 
 
-# --- word exchange ----------------------------------------------------------------------------------------------
+# --- word exchange ------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
 def _exchange(table: str) -> tuple[re.Pattern[str], dict[str, list[str]]]:
     pairs = dict(word_pairs(table))
     longest_first = sorted(pairs, key=len, reverse=True)
-    return re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b(?!['’]\w)", re.IGNORECASE), pairs
+    return re.compile(
+        r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b(?!['’]\w)", re.IGNORECASE
+    ), pairs
 
 
 def swap(text: str, table: str, rng: Random, values: dict[str, str] | None = None) -> str:
-    """Exchange words as `table` ("a/b=c|d") says. Case is carried over; capitals inside a sentence are names: kept."""
+    """Exchange words as `table` ("a/b=c|d") says; case is carried over.
+
+    Words with a capital inside a sentence are names and stay, and so do titles in front of a name.
+    """
     pattern, pairs = _exchange(table)
 
     def change(match: re.Match[str]) -> str:
         word = match[0]
         starts = _starts_sentence(text, match.start())
-        if word[0].isupper() and not starts and word != "I" and not word.isupper():
+        titled = word.lower() not in word_set("skip") and re.match(
+            r" [A-Z]", text[match.end() : match.end() + 2]
+        )
+        if word[0].isupper() and (titled or not starts) and word != "I" and not word.isupper():
             return word
         new = fill(rng.choice(pairs[word.lower()]), values or {})
         return raise_first(new) if starts and word[0].isupper() else new
@@ -207,7 +182,7 @@ def describe(text: str, adjective: Callable[[str], str | None], rng: Random, rat
 
     def change(match: re.Match[str]) -> str:
         noun = match[2]
-        skip = noun in lexicon_skip() or noun.endswith("ly") or rng.random() >= rate
+        skip = noun in word_set("skip") or noun.endswith("ly") or rng.random() >= rate
         new = None if skip else adjective(noun)
         return f"{match[1]} {new} {noun}" if new else match[0]
 
@@ -215,15 +190,8 @@ def describe(text: str, adjective: Callable[[str], str | None], rng: Random, rat
     return fix_articles(re.sub(rf"\b({determiner}) ([a-z][a-z-]{{2,}})\b", change, text))
 
 
-@lru_cache(maxsize=1)
-def lexicon_skip() -> frozenset[str]:
-    """Function words: nothing is put in front of them. Common nouns and adjectives of that list do take one."""
-    listed = lexicon()["_grammar"]["function"].split()
-    return frozenset(listed[: listed.index("everyone")])
-
-
 def fix_articles(text: str) -> str:
-    """a otter -> an otter, an cat -> a cat; only in front of lower-case words, whose sound is safe to guess."""
+    """a otter -> an otter, an cat -> a cat; only before lower-case words, whose sound is safe to guess."""
 
     def change(match: re.Match[str]) -> str:
         article, word = match[1], match[2]
@@ -238,37 +206,3 @@ def deck(items: list, rng: Random) -> Iterator:
     """The items in random order, shuffled again when all are used: variety without early repeats."""
     while items:
         yield from rng.sample(items, len(items))
-
-
-# --- inflection -------------------------------------------------------------------------------------------------
-
-
-def _doubles(base: str) -> bool:
-    return base in {"admit", "drop", "grab", "hum", "jam", "knit", "nod", "plan", "skip", "stop", "hug", "beg"}
-
-
-def past_of(base: str) -> str:
-    """Regular past: walk -> walked, carry -> carried, stop -> stopped."""
-    if base.endswith("e"):
-        return base + "d"
-    if base.endswith("y") and base[-2] not in "aeiou":
-        return base[:-1] + "ied"
-    return base + (base[-1] if _doubles(base) else "") + "ed"
-
-
-def third_person(base: str) -> str:
-    """walk -> walks, carry -> carries, catch -> catches, go -> goes."""
-    if base.endswith("y") and base[-2] not in "aeiou":
-        return base[:-1] + "ies"
-    return base + ("es" if re.search(r"(?:s|x|z|ch|sh|o)$", base) else "s")
-
-
-def ing_form(base: str) -> str:
-    """walk -> walking, make -> making, stop -> stopping."""
-    stem = base[:-1] if base.endswith("e") and not base.endswith("ee") else base
-    return stem + (stem[-1] if _doubles(base) else "") + "ing"
-
-
-def plural(noun: str) -> str:
-    """otter -> otters, fairy -> fairies, werewolf -> werewolves."""
-    return noun[:-1] + "ves" if noun.endswith("lf") else third_person(noun)

@@ -1,7 +1,7 @@
 """The styles that are all vocabulary: `speak` plays whatever assets/lexicon.yaml says about a voice.
 
-Words are exchanged, sentences get a lead ("Arr, ...") or a tag ("..., matey"), asides come between them, and most
-texts get an opening and a closing. A few voices need one more step; those have a function of their own.
+Words are exchanged, sentences get a lead ("Arr, ...") or a tag ("..., matey"), asides come between them, and
+most texts get an opening and a closing. A few voices need one more step; those have a function of their own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from promptrec.rewriters.rule_text import (
     describe,
     fill,
     finish,
-    lexicon,
     lower_first,
     raise_first,
     split_end,
     swap,
     topics,
-    verbs,
 )
+from promptrec.rewriters.rule_words import lexicon, verbs
 
 LEAD_RATE, TAG_RATE, ASIDE_RATE, ADJECTIVE_RATE, FRAME_RATE = 0.35, 0.3, 0.2, 0.35, 0.8
 Slots = dict[str, str]
@@ -41,18 +40,19 @@ def speak(style: str, text: str, slots: Slots, rng: Random, every: bool = False)
     if entry.get("adjectives"):
         adjectives = deck(entry["adjectives"], rng)
         text = describe(text, lambda noun: next(adjectives), rng, ADJECTIVE_RATE)
-    return wrap(dress(text, entry, values, rng, every), entry, values, rng)
+    text = dress(text, entry, values, rng, every)
+    return wrap(text, entry, values, rng, sure=any(value not in text for value in slots.values()))
 
 
 def dress(text: str, entry: dict, values: Slots, rng: Random, every: bool = False) -> str:
-    """Leads, tags and asides for the sentences of `text`; the first sentence gets a lead or a tag for sure."""
+    """Leads, tags and asides for the sentences of `text`; the first one gets a lead or a tag for sure."""
     leads, tags, asides = (deck(entry.get(key) or [], rng) for key in ("leads", "tags", "asides"))
     first = True
 
     def change(sentence: str) -> str:
         nonlocal first
         forced, first = every or first, False
-        if forced or len(sentence.split()) > 2:
+        if forced or (len(sentence.split()) > 2 and not sentence[0].islower()):  # lower case: a verse goes on
             draw = rng.random() * (LEAD_RATE + TAG_RATE if forced else 1)
             if draw < LEAD_RATE:
                 sentence = _marked(sentence, leads, tags, values)
@@ -76,28 +76,32 @@ def _marked(sentence: str, leads, tags, values: Slots, prefer_tag: bool = False)
 
 
 def with_lead(sentence: str, lead: str) -> str:
-    """"It rained." with "Arr, " -> "Arr, it rained."; the name of a speaker ("MAN: ...") stays in front."""
+    """ "It rained." with "Arr, " -> "Arr, it rained."; the name of a speaker ("MAN: ...") stays in front."""
     speaker = SPEAKER.match(sentence)
     name, said = (speaker[0], sentence[speaker.end() :]) if speaker else ("", sentence)
     if re.match(r"[\"“]", said) or re.match(r"\w*", said)[0].lower() in verbs():
-        lead = re.sub(r",? (?:that|how|as|and|but|because|why)$", ":", lead.rstrip()) + " "  # no clause follows
+        lead = (
+            re.sub(r",? (?:that|how|as|and|but|because|why)$", ":", lead.rstrip()) + " "
+        )  # no clause follows
     ends_sentence = lead.rstrip()[-1] in ".!?"
     return name + raise_first(lead) + (raise_first(said) if ends_sentence else lower_first(said))
 
 
 def with_tag(sentence: str, tag: str) -> str:
-    """"It rained." with ", matey" -> "It rained, matey."."""
+    """ "It rained." with ", matey" -> "It rained, matey."."""
     body, end = split_end(sentence)
-    return f"{body}{tag}{end or '.'}"
+    return f"{body}{tag}{end}"
 
 
-def wrap(text: str, entry: dict, values: Slots, rng: Random) -> str:
-    """An opening in front and a closing behind, most of the time."""
+def wrap(text: str, entry: dict, values: Slots, rng: Random, sure: bool = False) -> str:
+    """An opening in front (with `sure`: always) and a closing behind, most of the time."""
     openings, closings = entry.get("openings") or [], entry.get("closings") or []
-    if openings and rng.random() < FRAME_RATE:
+    if openings and (rng.random() < FRAME_RATE or sure):
         text = attach(raise_first(fill(rng.choice(openings), values)), text)
     if closings and rng.random() < FRAME_RATE:
-        text = attach(text if text[-1].isspace() else finish(text), raise_first(fill(rng.choice(closings), values)))
+        text = attach(
+            text if text[-1].isspace() else finish(text), raise_first(fill(rng.choice(closings), values))
+        )
     return text
 
 
@@ -110,7 +114,7 @@ def _title(topic: str) -> str:
     return topic if topic[:1].isupper() else topic.title()
 
 
-# --- voices with one more step ----------------------------------------------------------------------------------
+# --- voices with one more step ------------------------------------------------------------------------------
 
 
 def profession(text: str, slots: Slots, rng: Random) -> str:
@@ -118,7 +122,7 @@ def profession(text: str, slots: Slots, rng: Random) -> str:
     entry = lexicon()["profession"]
     jargon = [f", {phrase}" for phrase in entry["jargon"][slots["profession"]]]
     text = dress(text, {"leads": entry["leads"], "tags": jargon}, slots, rng)
-    return wrap(text, entry, slots, rng)
+    return wrap(text, entry, slots, rng, sure=slots["profession"] not in text)
 
 
 def addressee(text: str, slots: Slots, rng: Random) -> str:
@@ -142,7 +146,9 @@ def simpler(text: str, slots: Slots, rng: Random) -> str:
 
     def cut(sentence: str) -> str:
         pieces = joint.split(sentence) if len(sentence.split()) > 8 else [sentence]
-        return " ".join(raise_first(finish(piece) if i < len(pieces) - 1 else piece) for i, piece in enumerate(pieces))
+        return " ".join(
+            raise_first(finish(piece) if i < len(pieces) - 1 else piece) for i, piece in enumerate(pieces)
+        )
 
     return speak("simpler", Passage.of(text).map(cut).text(), slots, rng)
 

