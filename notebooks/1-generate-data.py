@@ -117,14 +117,20 @@ originals.groupby("source")["text"].agg(["size", "first"])
 # least half of the words. What is too short, not ASCII or full of wiki headings is dropped.
 
 # %%
+import itertools
+import re
+
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)]*(?=\s|\Z)")
+
+
 def slice_words(text: str, words: int = 256) -> str:  # same as promptrec.data.slice_words
     """The first `words` words, cut back to the last full sentence when that keeps at least half of them."""
-    pieces = text.split(" ")
-    if len(pieces) <= words:
+    ends = [word.end() for word in itertools.islice(re.finditer(r"\S+", text), words + 1)]
+    if len(ends) <= words:
         return text
-    cut = " ".join(pieces[:words])
-    end = max(cut.rfind(mark) for mark in (". ", "! ", "? ", ".\n"))
-    return cut[: end + 1] if end >= len(cut) // 2 else cut
+    cut = text[: ends[words - 1]]
+    end = max((sentence.end() for sentence in SENTENCE_END.finditer(cut)), default=0)
+    return cut[:end] if end >= len(cut) // 2 else cut
 
 
 print(slice_words("One two three. Four five six seven. Eight nine.", words=5))
@@ -286,7 +292,7 @@ log = out / "rewrites.jsonl"
 first = rewrite_table(todo, rewriter, log, settings.batch_size, stop_after=0.01)
 print(len(first), "rows when interrupted")
 rewritten = rewrite_table(todo, rewriter, log, settings.batch_size, stop_after=settings.time_budget or None)
-print(len(rewritten), "rows after going on; lines in the log:", sum(1 for _ in open(log)))
+print(len(rewritten), "rows after going on; lines in the log:", log.read_text().count("\n"))
 
 # %% [markdown]
 # :::{tip}

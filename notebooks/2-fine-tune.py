@@ -59,15 +59,13 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pandas as pd
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from scipy.stats import norm
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from promptrec import lora, plots, splits, templates
 from promptrec.comparison import interval
-from promptrec.errors import InputError
 from promptrec.finetuning import finetune_file, settings_for
 from promptrec.inference import Constant, LanguageModelRecoverer
 from promptrec.language_model import generate, load_model, load_tokenizer
@@ -386,6 +384,13 @@ for name, positions in [("all positions", request + answer), ("answer only", ans
 
 
 # %%
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+from promptrec.errors import InputError
+
+
 def answer_loss(  # same as promptrec.lora.answer_loss
     model: PeftModel, inputs: dict[str, torch.Tensor], count: torch.Tensor | int | None = None
 ) -> torch.Tensor:

@@ -56,7 +56,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from promptrec import data, plots, templates
@@ -160,6 +159,9 @@ print("prompts shared with training:", test["rewrite_prompt"].isin(train["rewrit
 
 
 # %%
+import numpy as np
+
+
 def scs(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:  # same as promptrec.scoring.scs
     """Sharpened cosine similarity of two [n, d] arrays, row by row: cos(a, b)**3, shape [n].
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import pandas as pd
 from rapidfuzz import fuzz
 
-_OPENER = r"(?:sure|certainly|of\ course|okay|ok|absolutely|gladly|alright|no\ problem|with\ pleasure|happy\ to\ help)\b"
+_OPENER = (
+    r"(?:sure|certainly|of\ course|okay|ok|absolutely|gladly|alright|no\ problem|with\ pleasure|happy\ to\ help)\b"
+)
 _HERE = r"(?:here(?:['’]s|\ is|\ are|\ you\ go|\ we\ go|\ goes)|below\ (?:is|are)|i(?:['’]ve|\ have|\ can|['’]ll)\b|let\ me)"
 _MADE = r"(?:rewrit|rewrote|revised\b|reworded|rephrased|paraphras)"
 _END = r"[:.!]?\**[^\S\n]*(?:\n\s*|\Z)"  # of the line

@@ -21,7 +21,9 @@ def bootstrap_means(
     values = np.asarray(values, dtype=float)
     if not len(values) or not np.isfinite(values).all():
         raise InputError("no scores to resample, or a score is not a number")
-    codes = pd.factorize(np.asarray(clusters), use_na_sentinel=False)[0] if clusters is not None else np.arange(len(values))
+    codes = (
+        pd.factorize(np.asarray(clusters), use_na_sentinel=False)[0] if clusters is not None else np.arange(len(values))
+    )
     sums, counts = np.bincount(codes, values), np.bincount(codes)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(repeats, len(sums)))
     return sums[drawn].sum(1) / counts[drawn].sum(1)

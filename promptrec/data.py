@@ -57,11 +57,11 @@ class Source:
 class DataSettings:
     """Part 1's settings; the defaults suit the local profile, `GEMMA` a 7B rewriter."""
 
-    rows: int = 3200  # triples to make
-    prompts: int = 2600  # grammar prompts to draw
-    slice_words: int = 45  # longest original, in words
+    rows: int = 6000  # triples to make
+    prompts: int = 4000  # grammar prompts to draw
+    slice_words: int = 30  # longest original, in words
     shortest_original: int = 50  # characters
-    batch_size: int = 200  # rows between two writes to disk
+    batch_size: int = 500  # rows between two writes to disk
     time_budget: float = 0.0  # seconds of rewriting; 0: none
     seed: int = 0
 
@@ -102,7 +102,9 @@ def _load_source(source: Source, seed: int) -> pd.DataFrame:
     texts = texts[texts != ""].drop_duplicates()
     if source.rows and len(texts) > source.rows:
         texts = texts.sample(source.rows, random_state=seed)
-    own_kind = table["kind"].reindex(texts.index).tolist() if "kind" in table and not source.kind else source.kind or "text"
+    own_kind = (
+        table["kind"].reindex(texts.index).tolist() if "kind" in table and not source.kind else source.kind or "text"
+    )
     ids = [text_id(text) for text in texts]
     return pd.DataFrame({"id": ids, "kind": own_kind, "text": texts.tolist(), "source": path.name})
 

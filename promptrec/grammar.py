@@ -75,10 +75,7 @@ class Grammar:
 
     def mixed_kinds(self, first: Style, second: Style) -> tuple[str, ...]:
         """The kinds of text that suit both styles; empty when the two do not go together."""
-        if (
-            self.alone & {first.name, second.name}
-            or frozenset({first.taxonomy, second.taxonomy}) not in self.pairs
-        ):
+        if self.alone & {first.name, second.name} or frozenset({first.taxonomy, second.taxonomy}) not in self.pairs:
             return ()
         if "any" in first.kinds:
             return second.kinds
@@ -116,19 +113,13 @@ def load_grammar() -> Grammar:
     def pattern(style: str, text: str, wanted: tuple[str, ...]) -> Pattern:
         holes = tuple(dict.fromkeys(HOLE.findall(text)))
         if unknown := set(holes) - set(raw["words"]) - set(wanted):
-            raise InputError(
-                f"grammar: style {style} uses the hole {sorted(unknown)} that it does not declare"
-            )
-        return Pattern(
-            style, text, tuple((hole, fillers[hole]) for hole in holes), wanted, not text[0].isupper()
-        )
+            raise InputError(f"grammar: style {style} uses the hole {sorted(unknown)} that it does not declare")
+        return Pattern(style, text, tuple((hole, fillers[hole]) for hole in holes), wanted, not text[0].isupper())
 
     styles = {}
     for name, entry in raw["styles"].items():
         wanted = tuple(entry["slots"])
-        series, base = (
-            tuple(pattern(name, text, wanted) for text in entry[key]) for key in ("phrasings", "base")
-        )
+        series, base = (tuple(pattern(name, text, wanted) for text in entry[key]) for key in ("phrasings", "base"))
         styles[name] = Style(name, entry["taxonomy"], tuple(entry["kinds"]), wanted, series, base)
     mixtures = raw["mixtures"]
     return Grammar(

@@ -7,6 +7,7 @@ the highest SCS on held-out prompt clusters, not the one with the lowest loss.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ class LoraSettings:
     target_modules: tuple = ALL_LINEAR
     quantise: bool = True  # NF4 base
     # --- optimisation
-    steps: int = 400
+    steps: int = 450
     learning_rate: float = 3e-3
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps
@@ -53,9 +54,9 @@ class LoraSettings:
     optimizer: str = "adamw_torch"
     gradient_checkpointing: bool = False
     # --- text
-    max_tokens: int = 512
+    max_tokens: int = 320
     # --- watching
-    evaluate_every: int = 100
+    evaluate_every: int = 75
     validation_rows: int = 64
     report_to: str = "none"  # "tensorboard" or "wandb"
     seed: int = 0
@@ -184,7 +185,9 @@ class LengthGroupedSampler(Sampler):
         pools = [order[start : start + size] for start in range(0, len(order), size)]
         ordered = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
         batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
-        whole = rng.permutation(len(batches) - 1) if len(batches[-1]) < self.batch_size else rng.permutation(len(batches))
+        whole = (
+            rng.permutation(len(batches) - 1) if len(batches[-1]) < self.batch_size else rng.permutation(len(batches))
+        )
         rest = [] if len(whole) == len(batches) else [len(batches) - 1]
         return iter(np.concatenate([batches[number] for number in [*whole, *rest]]).tolist())
 
@@ -271,6 +274,9 @@ def finetune(
     tokenizer.save_pretrained(out)
     history = training_history(trainer.state.log_history)
     write_table(history, out / "history.csv")
+    del trainer, model  # a notebook loads the model again: free a single card's memory first
+    gc.collect()
+    torch.cuda.empty_cache()
     return history
 
 

@@ -71,9 +71,7 @@ def _sources(part: str, kinds: list[str] | None) -> tuple[list[tuple[Style, str]
 
     styles = [style for style in grammar.styles.values() if suits(style.kinds)]
     pairs = [(one, two, grammar.mixed_kinds(one, two)) for one, two in itertools.permutations(styles, 2)]
-    return [(style, part) for style in styles], [
-        Mixture(one, two, k, part) for one, two, k in pairs if suits(k)
-    ]
+    return [(style, part) for style in styles], [Mixture(one, two, k, part) for one, two, k in pairs if suits(k)]
 
 
 def _room(single: tuple[Style, str]) -> int:
@@ -116,9 +114,7 @@ class Mixture:
     def halves(self) -> tuple[list[Pattern], list[Pattern]]:
         """Requests for the first and for the second style; the second speaks of the text as "it"."""
         second = [
-            Pattern(
-                p.style, p.text, tuple((h, ("it",) if h == "it" else v) for h, v in p.holes), p.slots, True
-            )
+            Pattern(p.style, p.text, tuple((h, ("it",) if h == "it" else v) for h, v in p.holes), p.slots, True)
             for p in self.second.requests(self.part)
         ]
         return self.first.requests(self.part), second
@@ -141,12 +137,7 @@ class Mixture:
                     break
                 inner -= pattern.count
         (one, one_slots), (two, two_slots) = filled
-        prompt = (
-            templates[template]
-            .replace("{A}", one[0].upper() + one[1:])
-            .replace("{a}", one)
-            .replace("{b}", two)
-        )
+        prompt = templates[template].replace("{A}", one[0].upper() + one[1:]).replace("{a}", one).replace("{b}", two)
         name = f"{self.first.name}+{self.second.name}"
         return prompt, name, json.dumps(one_slots | two_slots), "mixture", "|".join(self.kinds)
 
@@ -176,7 +167,10 @@ def parse_prompt(prompt: str) -> Reading:
     """
     reading = next(readings(prompt.strip()), None)
     if reading is None:
-        raise InputError(f"not a prompt of the grammar: {prompt[:80]!r}")
+        raise InputError(
+            f"{prompt[:80]!r} is not a prompt of the grammar, the only ones that the offline stand-in can carry out; "
+            "take prompts from promptrec.prompt_bank.grammar_prompts or a profile with a language model"
+        )
     return reading
 
 
@@ -207,9 +201,7 @@ def _between(prompt: str, head: str, tail: str, raised: bool) -> Iterator[str]:
         yield inner
 
 
-def _split_readings(
-    inner: str, middle: str, requests: dict[str, tuple[str, dict[str, str]]]
-) -> Iterator[Reading]:
+def _split_readings(inner: str, middle: str, requests: dict[str, tuple[str, dict[str, str]]]) -> Iterator[Reading]:
     start = inner.find(middle)
     while start >= 0:
         one, two = requests.get(inner[:start]), requests.get(inner[start + len(middle) :])

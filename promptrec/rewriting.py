@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from promptrec.data import check_cells
+from promptrec.data import check_cells, text_id
 from promptrec.errors import InputError
 from promptrec.profiles import Profile
 from promptrec.rewriters import Rewriter
@@ -35,7 +35,7 @@ def rewrite_table(
     """
     require_columns(table, ["id", "original_text", "rewrite_prompt"], "rewriting")
     check_cells(table, ["original_text", "rewrite_prompt"], "rewriting")
-    done = _read_log(Path(log), table)
+    done = _read_log(Path(log), table, rewriter.name)
     todo = table.iloc[shard[0] :: shard[1]]
     todo = todo[~todo["id"].isin(done)]
     longest_first = todo["original_text"].map(len).to_numpy().argsort(kind="stable")[::-1]
@@ -52,8 +52,16 @@ def rewrite_table(
 def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> dict[str, str]:
     rewritten = rewriter.rewrite(batch["original_text"].tolist(), batch["rewrite_prompt"].tolist())
     rows = [
-        {"id": row, "rewrite_prompt": prompt, "rewritten_text": text, "rewriter": rewriter.name}
-        for row, prompt, text in zip(batch["id"], batch["rewrite_prompt"], rewritten, strict=True)
+        {
+            "id": row,
+            "original": text_id(original),
+            "rewrite_prompt": prompt,
+            "rewritten_text": text,
+            "rewriter": rewriter.name,
+        }
+        for row, original, prompt, text in zip(
+            batch["id"], batch["original_text"], batch["rewrite_prompt"], rewritten, strict=True
+        )
     ]
     try:
         append_jsonl(log, rows)
@@ -66,17 +74,25 @@ def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> 
     return {row["id"]: row["rewritten_text"] for row in rows}
 
 
-def _read_log(log: Path, table: pd.DataFrame) -> dict[str, str]:
-    """id -> rewritten text of the finished rows; refuses a log whose ids stand for other prompts."""
+def _read_log(log: Path, table: pd.DataFrame, rewriter: str) -> dict[str, str]:
+    """id -> rewritten text of the finished rows; refuses a log whose ids stand for other texts, prompts or rewriters."""
     if not log.is_file():
         return {}
-    prompts = dict(zip(table["id"], table["rewrite_prompt"], strict=True))
+    expected = {
+        row["id"]: {
+            "original": text_id(row["original_text"]),
+            "rewrite_prompt": row["rewrite_prompt"],
+            "rewriter": rewriter,
+        }
+        for row in table.to_dict("records")
+    }
     rows = read_jsonl(log, tolerate_torn_tail=True)
     for number, row in enumerate(rows, 1):
-        if not {"id", "rewrite_prompt", "rewritten_text"} <= row.keys():
+        if not {"id", "original", "rewrite_prompt", "rewritten_text", "rewriter"} <= row.keys():
             raise InputError(f"{log}: line {number} is not a row of a rewriting log; name a new --out file")
-        if row["id"] in prompts and row["rewrite_prompt"] != prompts[row["id"]]:
-            raise InputError(f"{log}: id {row['id']!r} was rewritten with another prompt; name a new --out file")
+        for field, value in expected.get(row["id"], {}).items():
+            if row[field] != value:
+                raise InputError(f"{log}: id {row['id']!r} was rewritten with another {field}; name a new --out file")
     return {row["id"]: row["rewritten_text"] for row in rows}
 
 

@@ -81,7 +81,9 @@ def split_components(
     size = originals.max() + clusters.max() + 2
     edges = coo_matrix((np.ones(len(table)), (originals, clusters + originals.max() + 1)), shape=(size, size))
     labels = pd.Series(connected_components(edges, directed=False)[1][originals], index=table.index)
-    sides = {label: hash_split(name, fractions, seed) for label, name in table["original_text"].groupby(labels).min().items()}
+    sides = {
+        label: hash_split(name, fractions, seed) for label, name in table["original_text"].groupby(labels).min().items()
+    }
     if fixed is not None:
         held_out = fixed.dropna().map(SPLITS.index).groupby(labels).max()
         sides |= {label: SPLITS[side] for label, side in held_out.items()}

@@ -4,7 +4,8 @@
 
 It learns to continue text and to follow a rewrite prompt in Gemma's turns. It never sees the recovery task, nor any
 original or triple of the validation and test splits, nor the wordings that the series asks with (it is asked with the
-grammar's `base` wordings). Besides rewriting it practises copying and naming the kind of a text. Two cores, bf16 autocast; deterministic up to the number of steps that fit the minutes.
+grammar's `base` wordings). Besides rewriting it practises copying, and naming the kind of a text. Two cores, bf16
+autocast; deterministic up to the number of steps that fit the minutes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ def kind_examples(originals: pd.DataFrame, count: int, seed: int) -> list[tuple[
     rng = random.Random(seed + 2)
     rows = originals[["text", "kind"]].to_numpy().tolist()
     pairs = [(spans([text], rng, 1)[0], kind) for text, kind in rng.choices(rows, k=count)]
-    return [(rewrite_request(text, "What kind of text is this?", wrap=rng.randrange(3)), f"It is from a {kind}.") for text, kind in pairs]
+    return [
+        (rewrite_request(text, "What kind of text is this?", wrap=rng.randrange(3)), f"It is from a {kind}.")
+        for text, kind in pairs
+    ]
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> GemmaTokenizer:
@@ -205,7 +209,9 @@ def main() -> None:
     triples = shipped_triples(["train"])
     texts = originals["text"].tolist() + [strip_lead_in(text) for text in triples["rewritten_text"]]
     examples = rewriting_examples(texts, args.examples, args.seed)
-    others = copying_examples(texts, args.examples // 6, args.seed) + kind_examples(originals, args.examples // 12, args.seed)
+    others = copying_examples(texts, args.examples // 6, args.seed) + kind_examples(
+        originals, args.examples // 12, args.seed
+    )
     real = [
         (rewrite_request(row.original_text, row.rewrite_prompt), strip_lead_in(row.rewritten_text))
         for row in triples.itertuples()

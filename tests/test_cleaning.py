@@ -199,7 +199,10 @@ def test_rows_in_are_rows_out_plus_rows_reported():
 
 
 def test_lead_ins_are_stripped_before_the_other_rules_look():
-    rows = [triple(rewritten="Sure, here it is:\n\nI'm sorry, but I cannot do that."), triple(rewritten=LEAD_INS[0] + BODY)]
+    rows = [
+        triple(rewritten="Sure, here it is:\n\nI'm sorry, but I cannot do that."),
+        triple(rewritten=LEAD_INS[0] + BODY),
+    ]
     table, report = clean(pd.DataFrame(rows))
     assert table["rewritten_text"].tolist() == [BODY]
     assert (report["lead-in stripped"], report["refusal"]) == (2, 1)

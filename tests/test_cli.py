@@ -84,8 +84,8 @@ BAD = {
     "recover in.csv --out p.csv --method fine-tuned --adapter nowhere": "nowhere",
     "rewrite header.csv --out p.jsonl": "header.csv: the table has no rows",
     "rewrite null.jsonl --out p.jsonl": "row 2: rewrite_prompt is blank",
-    "rewrite in.csv --out unknown.jsonl": "not a prompt of the grammar: 'Make it a sea shanty'",
-    "rewrite in.csv --out log.jsonl": "id 'a' was rewritten with another prompt",
+    "rewrite in.csv --out unknown.jsonl": "'Make it a sea shanty' is not a prompt of the grammar",
+    "rewrite in.csv --out log.jsonl": "id 'a' was rewritten with another rewrite_prompt",
     "score null.jsonl truth.csv": "predictions: id 'b' has a blank rewrite_prompt",
     "score twice.csv truth.csv": "predictions: row 2: id 'a' is missing or occurs twice",
     "score other.csv truth.csv": "predictions: id 'z' is not in the truth",
@@ -158,7 +158,11 @@ def test_recover_writes_predictions_and_a_manifest(cli, inputs, ending):
     code, out, err = cli("recover", source, "--out", f"p.{ending}", "--method", "constant", "--seed", 3)
     assert (code, err) == (0, "") and out.startswith("3 prompts recovered by constant in p.")
     predictions = read_table(inputs / f"p.{ending}")
-    assert predictions.to_dict("list") == {"id": ["a", "b", "c"], "rewrite_prompt": [FALLBACK] * 3, "method": ["constant"] * 3}
+    assert predictions.to_dict("list") == {
+        "id": ["a", "b", "c"],
+        "rewrite_prompt": [FALLBACK] * 3,
+        "method": ["constant"] * 3,
+    }
     manifest = json.loads((inputs / f"p.{ending}.manifest.json").read_text())
     assert {key: manifest[key] for key in ("artefact", "profile", "seed", "rows", "config")} == {
         "artefact": f"p.{ending}", "profile": "local", "seed": 3, "rows": 3, "config": {"method": "constant"}

@@ -26,8 +26,17 @@ def make_toy_base(folder: Path, layers: int = 1) -> Path:
     tokenizer = language_model.load_tokenizer(ASSETS / "tiny-gemma")
     torch.manual_seed(0)
     config = GemmaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=32, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
     GemmaForCausalLM(config).save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     return folder
@@ -40,7 +49,10 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def triples() -> pd.DataFrame:
-    rows = [(f"The ferry number {n} leaves at nine.", f"Shout it {n} times.", f"THE FERRY {n} LEAVES AT NINE!") for n in range(24)]
+    rows = [
+        (f"The ferry number {n} leaves at nine.", f"Shout it {n} times.", f"THE FERRY {n} LEAVES AT NINE!")
+        for n in range(24)
+    ]
     return pd.DataFrame(rows, columns=["original_text", "rewrite_prompt", "rewritten_text"])
 
 
@@ -124,12 +136,16 @@ def test_a_fresh_adapter_changes_nothing(base, tokenizer):
 def test_only_the_adapter_is_trained_and_in_fp32(base):
     model = lora.attach_adapter(language_model.load_model(base), QUICK)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable and all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trainable.items())
+    assert trainable and all(
+        "lora_" in name and parameter.dtype == torch.float32 for name, parameter in trainable.items()
+    )
     assert {name.split(".")[-4] for name in trainable} == set(lora.ALL_LINEAR)
 
 
 def test_finetune_saves_a_peft_adapter_and_its_history(trained):
-    assert {"adapter_model.safetensors", "adapter_config.json", "history.csv", "tokenizer.json"} <= {p.name for p in trained.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "history.csv", "tokenizer.json"} <= {
+        p.name for p in trained.iterdir()
+    }
     history = pd.read_csv(trained / "history.csv")
     assert history["step"].is_monotonic_increasing and history["eval_loss"].notna().sum() == 3
     assert not [path for path in trained.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
@@ -144,7 +160,9 @@ def test_a_finished_run_called_again_trains_no_further(base, triples, trained):
 
 def test_the_checkpoint_with_the_best_scs_is_kept(base, triples, tmp_path):
     scores = iter([0.1, 0.9, 0.2])
-    history = lora.finetune(triples[:16], triples[16:], str(base), tmp_path, QUICK, held_out_scs=lambda model, tokenizer: next(scores))
+    history = lora.finetune(
+        triples[:16], triples[16:], str(base), tmp_path, QUICK, held_out_scs=lambda model, tokenizer: next(scores)
+    )
     assert history["scs"].dropna().tolist() == [0.1, 0.9, 0.2]
     best = load_file(tmp_path / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -152,7 +170,9 @@ def test_the_checkpoint_with_the_best_scs_is_kept(base, triples, tmp_path):
 
 
 def test_a_time_budget_stops_and_saves(base, triples, tmp_path):
-    history = lora.finetune(triples[:16], triples[16:], str(base), tmp_path, override(QUICK, steps=500, time_budget=2.0))
+    history = lora.finetune(
+        triples[:16], triples[16:], str(base), tmp_path, override(QUICK, steps=500, time_budget=2.0)
+    )
     assert history["step"].max() < 500
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -223,8 +243,14 @@ def kill_rows() -> pd.DataFrame:
 
 def test_killed_ten_times_training_goes_on_and_ends_with_the_same_adapter(base, tmp_path):
     script = KILLED.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", script, str(base), str(tmp_path)], capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(base), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     reached = [line.rsplit("checkpoint-", 1)[-1] for line in done.stdout.splitlines() if line.startswith("after kill")]
     steps = [int(step) if step.isdigit() else 0 for step in reached]

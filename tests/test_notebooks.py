@@ -25,8 +25,12 @@ SOURCES = sorted((ROOT / "notebooks").rglob("*.py"))
 COMMITTED = [path.with_suffix(".ipynb") for path in SOURCES]
 SAME = re.compile(r"#\s*same as (promptrec(?:\.\w+)+)\.(\w+)")
 SMALL = {
-    "DataSettings.rows": 260, "DataSettings.prompts": 200, "LoraSettings.steps": 8, "LoraSettings.evaluate_every": 4,
-    "LoraSettings.validation_rows": 8, "LoraSettings.rank": 4,
+    "DataSettings.rows": 260,
+    "DataSettings.prompts": 200,
+    "LoraSettings.steps": 8,
+    "LoraSettings.evaluate_every": 4,
+    "LoraSettings.validation_rows": 8,
+    "LoraSettings.rank": 4,
 }
 
 
@@ -70,7 +74,11 @@ def test_every_notebook_is_in_the_table_of_contents():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     listed = {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]}
     assert {str(path.relative_to(ROOT).with_suffix("")) for path in SOURCES} <= listed
-    assert all((ROOT / f"{name}{ending}").is_file() for name in listed for ending in [".ipynb" if "notebooks" in name else ".md"])
+    assert all(
+        (ROOT / f"{name}{ending}").is_file()
+        for name in listed
+        for ending in [".ipynb" if "notebooks" in name else ".md"]
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=names)
@@ -81,7 +89,12 @@ def test_cells_are_short(source):
 
 def copies() -> list[tuple[str, str, str, str]]:
     """(notebook, cell, module, name) of every definition that stands in a notebook and in the package."""
-    return [(path.name, cell, module, name) for path in SOURCES for cell in code_cells(path) for module, name in SAME.findall(cell)]
+    return [
+        (path.name, cell, module, name)
+        for path in SOURCES
+        for cell in code_cells(path)
+        for module, name in SAME.findall(cell)
+    ]
 
 
 def definition(tree: ast.Module, name: str) -> str:
@@ -90,7 +103,9 @@ def definition(tree: ast.Module, name: str) -> str:
     return ast.dump(found[0])
 
 
-@pytest.mark.parametrize(("notebook", "cell", "module", "name"), copies(), ids=lambda value: value if len(value) < 40 else "")
+@pytest.mark.parametrize(
+    ("notebook", "cell", "module", "name"), copies(), ids=lambda value: value if len(value) < 40 else ""
+)
 def test_a_copied_definition_equals_the_packages_and_runs_on_its_own(notebook, cell, module, name):
     package = Path(importlib.import_module(module).__file__).read_text()
     assert definition(ast.parse(cell), name) == definition(ast.parse(package), name)
@@ -105,7 +120,10 @@ def test_there_are_copied_definitions_in_every_part():
 def small_run(tmp_path_factory) -> Path:
     """The three notebooks, executed as the command line does, at small settings."""
     out = tmp_path_factory.mktemp("series")
-    environment = os.environ | {"PROMPTREC_SETTINGS": json.dumps(SMALL), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {
+        "PROMPTREC_SETTINGS": json.dumps(SMALL),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     command = [sys.executable, "-m", "promptrec.cli", "series", "--profile", "local", "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900, cwd=out)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -125,7 +143,11 @@ def test_training_data_has_the_schema_and_a_clean_split(small_run):
     assert set(table["split"]) == {"train", "validation", "test"}
     check_split(table)
     manifest = json.loads((small_run / "training_data.csv.manifest.json").read_text())
-    assert manifest["rows"] == len(table) and manifest["profile"] == "local" and "stand-in" in manifest["config"]["rewriter"]
+    assert (
+        manifest["rows"] == len(table)
+        and manifest["profile"] == "local"
+        and "stand-in" in manifest["config"]["rewriter"]
+    )
 
 
 def test_the_adapter_is_in_peft_format(small_run):
@@ -134,13 +156,19 @@ def test_the_adapter_is_in_peft_format(small_run):
 
 
 def test_predictions_scores_and_report_fit_together(small_run):
-    predictions, scores = (pd.read_csv(small_run / name, dtype={"id": str}) for name in ("predictions.csv", "scores.csv"))
-    assert {"id", "rewrite_prompt", "method"} <= set(predictions) and predictions["rewrite_prompt"].str.strip().ne("").all()
+    predictions, scores = (
+        pd.read_csv(small_run / name, dtype={"id": str}) for name in ("predictions.csv", "scores.csv")
+    )
+    assert {"id", "rewrite_prompt", "method"} <= set(predictions) and predictions["rewrite_prompt"].str.strip().ne(
+        ""
+    ).all()
     assert set(scores["method"]) == set(predictions["method"]) and scores["scs"].between(-1, 1).all()
     report = json.loads((small_run / "report.json").read_text())
     assert "MiniLM (proxy)" in json.dumps(report)
     comparison = pd.read_csv(small_run / "comparison.csv")
-    assert {"test_set", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n"} <= set(comparison)
+    assert {"test_set", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n"} <= set(
+        comparison
+    )
 
 
 def test_the_submission_is_what_kaggle_takes(small_run):

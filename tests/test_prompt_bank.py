@@ -79,9 +79,7 @@ def test_parse_is_the_inverse_of_the_grammar(part):
         found = list(readings(row.rewrite_prompt))
         assert len(found) == 1, f"{row.rewrite_prompt!r} can be read in {len(found)} ways"
         assert "+".join(style for style, _ in found[0]) == row.style
-        assert {name: value for _, slots in found[0] for name, value in slots.items()} == json.loads(
-            row.slots
-        )
+        assert {name: value for _, slots in found[0] for name, value in slots.items()} == json.loads(row.slots)
 
 
 def test_no_wording_belongs_to_two_styles():

@@ -40,7 +40,10 @@ def torch_texts() -> list[str]:
 
 
 def keras_run(devices: int) -> dict:
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "KERAS_BACKEND": "jax"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "KERAS_BACKEND": "jax",
+    }
     command = [sys.executable, "-c", KERAS, TINY, json.dumps([ORIGINALS, PROMPTS])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,7 +56,9 @@ def test_torch_rewrites_every_row(torch_texts):
 
 
 def test_quantised_weights_rewrite_too():
-    texts = HuggingFaceRewriter(TINY, settings=GenerationSettings(max_new_tokens=8, batch_size=1)).rewrite(ORIGINALS, PROMPTS)
+    texts = HuggingFaceRewriter(TINY, settings=GenerationSettings(max_new_tokens=8, batch_size=1)).rewrite(
+        ORIGINALS, PROMPTS
+    )
     assert len(texts) == 2 and all(texts)
 
 

@@ -132,7 +132,7 @@ def test_a_log_of_other_prompts_is_refused_and_left_alone(log):
     table = make_table(4)
     rewrite_table(table, Shouter(), log)
     before = log.read_bytes()
-    with pytest.raises(InputError, match=r"id 'r\d' was rewritten with another prompt; name a new --out file"):
+    with pytest.raises(InputError, match=r"id 'r\d' was rewritten with another rewrite_prompt; name a new --out file"):
         rewrite_table(table.assign(rewrite_prompt="Whisper"), Shouter(), log)
     assert log.read_bytes() == before
 

@@ -189,9 +189,7 @@ def test_styles_can_be_recovered_from_unseen_texts():
     from sklearn.neighbors import NearestCentroid
 
     def rows(texts: list[str], seeds: range) -> tuple[list[str], list[str]]:
-        pairs = [
-            (rewritten(style, text, seed), style) for text in texts for seed in seeds for style in STYLES
-        ]
+        pairs = [(rewritten(style, text, seed), style) for text in texts for seed in seeds for style in STYLES]
         return [out for out, _ in pairs], [style for _, style in pairs]
 
     train, wanted = rows(TEXTS[:8], range(3))

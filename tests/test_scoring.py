@@ -328,7 +328,9 @@ def test_a_twin_that_is_not_whole_is_refused_with_what_is_missing(twin, tmp_path
 
 # --- predictions against the truth
 
-TRUTH = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": ["As a shanty", "As a poem", "As a letter"], "prompt_cluster": 7})
+TRUTH = pd.DataFrame(
+    {"id": ["a", "b", "c"], "rewrite_prompt": ["As a shanty", "As a poem", "As a letter"], "prompt_cluster": 7}
+)
 
 
 def predictions(**changes) -> pd.DataFrame:

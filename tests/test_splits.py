@@ -147,7 +147,9 @@ def test_rows_linked_through_others_are_one_component():
 def test_mixed_rows_are_dropped():
     table = random_triples(5)
     originals = table["original_text"].map(lambda text: hash_split(text, (0.5, 0.25, 0.25)))
-    prompts = pd.Series(split_clusters(table["rewrite_prompt"], table["prompt_cluster"], (0.5, 0.25, 0.25)), index=table.index)
+    prompts = pd.Series(
+        split_clusters(table["rewrite_prompt"], table["prompt_cluster"], (0.5, 0.25, 0.25)), index=table.index
+    )
     kept = drop_mixed(table, originals, prompts)
     assert 0 < len(kept) < len(table)
     check_split(kept)
@@ -171,9 +173,7 @@ def test_a_clean_split_passes_and_comes_back():
     pd.testing.assert_frame_equal(check_split(SPLIT), SPLIT)
 
 
-@pytest.mark.parametrize(
-    ("column", "value"), [("prompt_cluster", 0), ("original_text", "a"), ("rewrite_prompt", "p")]
-)
+@pytest.mark.parametrize(("column", "value"), [("prompt_cluster", 0), ("original_text", "a"), ("rewrite_prompt", "p")])
 def test_anything_on_two_sides_is_refused_by_name(column, value):
     leaking = SPLIT.copy()
     leaking.loc[2, column] = value

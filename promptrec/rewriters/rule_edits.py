@@ -43,9 +43,7 @@ def questions(text: str, slots: Slots, rng: Random) -> str:
     """Every sentence a question: turned round where it has a plain auxiliary, wrapped otherwise."""
     wraps = deck(phrases()["question_wraps"], rng)
     auxiliary = "is|are|was|were|has|had|have|will|would|can|could|must|should|may|might"
-    plain = re.compile(
-        rf"((?:The|A|An|His|Her|Their|My) [a-z-]+|He|She|It|They|We|You|I|[A-Z]\w+) ({auxiliary}) (.+)"
-    )
+    plain = re.compile(rf"((?:The|A|An|His|Her|Their|My) [a-z-]+|He|She|It|They|We|You|I|[A-Z]\w+) ({auxiliary}) (.+)")
 
     def ask(sentence: str) -> str:
         if sentence.rstrip("\"”’')").endswith("?"):
@@ -70,11 +68,7 @@ def all_caps(text: str, slots: Slots, rng: Random) -> str:
 
     def shout(sentence: str) -> str:
         long = [w for w in re.findall(r"[A-Za-z’']+", sentence) if len(w) > 4]
-        chosen = (
-            [word for word in long if rng.random() < 0.4]
-            or long[:1]
-            or re.findall(r"[A-Za-z’']{3,}", sentence)
-        )
+        chosen = [word for word in long if rng.random() < 0.4] or long[:1] or re.findall(r"[A-Za-z’']{3,}", sentence)
         for word in chosen:
             sentence = re.sub(rf"\b{re.escape(word)}\b", word.upper(), sentence)
         return re.sub(r"\.$", "!", sentence) if rng.random() < 0.5 else sentence
@@ -88,9 +82,7 @@ def alliteration(text: str, slots: Slots, rng: Random) -> str:
     words = {letter: deck(items, rng) for letter, items in lexicon()["_alliteration"].items()}
 
     def add(sentence: str) -> str:
-        spots = list(
-            re.finditer(r"\b(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Tt]heir|[Oo]ur|[Ii]ts) ([a-z]+)", sentence)
-        )
+        spots = list(re.finditer(r"\b(?:[Tt]he|[Aa]n?|[Hh]is|[Hh]er|[Mm]y|[Tt]heir|[Oo]ur|[Ii]ts) ([a-z]+)", sentence))
         spots = [spot for spot in spots if spot[1] not in skip]
         spots = spots or list(re.finditer(r"\b()([A-Za-z]{3,})", sentence))[-1:]
         for spot in reversed(spots):
@@ -143,9 +135,7 @@ def creature(text: str, slots: Slots, rng: Random) -> str:
 def people_in(text: str) -> list[str]:
     """Names that do not look like places, days or titles of things."""
     places = r"\b(?:in|at|from|near|of|off|to|between|through|towards?|the|over|into|outside)\s+$"
-    streets = re.compile(
-        r"\b(?:Street|Road|Lane|Avenue|School|Hotel|Bridge|River|Lake|Library|Park|Bay|House)\b"
-    )
+    streets = re.compile(r"\b(?:Street|Road|Lane|Avenue|School|Hotel|Bridge|River|Lake|Library|Park|Bay|House)\b")
     found = []
     for name in names(text):
         before = text[: text.index(name)]
@@ -159,9 +149,7 @@ SUBJECT_VERB_REST = re.compile(rf"((?:[\w’'-]+ ){{1,6}}?)({AUXILIARY}) (.+)")
 SUBJECT_PAST_REST = re.compile(
     r"((?:[\w’'-]+ ){1,4}?)([a-z]+ed|[a-z]*(?:ew|ought|aw|ook|ave|ame|ent|old|oke|eft)) (.+)"
 )
-LAST_PHRASE = re.compile(
-    r"(.+) ((?:in|on|at|with|for|from|to|by|through|after|before|under|over|into|of) .+)"
-)
+LAST_PHRASE = re.compile(r"(.+) ((?:in|on|at|with|for|from|to|by|through|after|before|under|over|into|of) .+)")
 
 
 def yoda(text: str, slots: Slots, rng: Random) -> str:

@@ -67,8 +67,7 @@ def headline(text: str, slots: Slots, rng: Random) -> str:
             word for word in bare(sentence).split() if word.lower() not in word_set("not_in_titles")
         ] or sentence.split()
         titled = [
-            w if i and w.lower() in word_set("title_small") else w[:1].upper() + w[1:]
-            for i, w in enumerate(words)
+            w if i and w.lower() in word_set("title_small") else w[:1].upper() + w[1:] for i, w in enumerate(words)
         ]
         lines.append(" ".join(titled))
     top = lines[0].upper() if rng.random() < 0.5 else lines[0]
@@ -108,9 +107,7 @@ def _verse_lines(text: str, longest: int) -> list[str]:
 def sea_shanty(text: str, slots: Slots, rng: Random) -> str:
     """Lines of song with a call after every second one; the refrain stays the same."""
     calls = cycle(refrain := rng.choice(phrases()["shanty_refrains"]))
-    lines = [
-        f"Oh, {lower_first(line)}" if n % 4 == 0 else line for n, line in enumerate(_verse_lines(text, 9))
-    ]
+    lines = [f"Oh, {lower_first(line)}" if n % 4 == 0 else line for n, line in enumerate(_verse_lines(text, 9))]
     song = []
     for n in range(0, len(lines), 2):
         song += [*lines[n : n + 2], next(calls)]
@@ -223,9 +220,7 @@ def abstract(text: str, slots: Slots, rng: Random) -> str:
     groups = _groups(Passage.of(marked).flat(), 4)
     last = "Conclusion" if len(groups) > 1 else "Results"
     heads = [*phrases()["abstract_heads"][: len(groups) - 1], last]
-    parts = [
-        f"{head}: {raise_first(finish(' '.join(group)))}" for head, group in zip(heads, groups, strict=True)
-    ]
+    parts = [f"{head}: {raise_first(finish(' '.join(group)))}" for head, group in zip(heads, groups, strict=True)]
     parts = _maybe(parts, rng.choice(phrases()["abstract_closings"]), rng)
     keywords = rng.choice(phrases()["abstract_keywords"]) + ", ".join(topics(text, 3)) + "."
     return rng.choice([" ", "\n"]).join(_maybe(parts, keywords, rng))

@@ -63,9 +63,7 @@ def _is_plural(word: str) -> bool:
 def _is_finite(before: list[str]) -> bool:
     """Whether a verb form can stand here on its own: no article, preposition or auxiliary before it."""
     return (
-        bool(before)
-        and before[-1] not in word_set("no_verb_after")
-        and not any(map(AUXILIARY.fullmatch, before[-3:]))
+        bool(before) and before[-1] not in word_set("no_verb_after") and not any(map(AUXILIARY.fullmatch, before[-3:]))
     )
 
 

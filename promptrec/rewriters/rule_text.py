@@ -34,9 +34,7 @@ class Passage:
     @classmethod
     def of(cls, text: str) -> Passage:
         parts = re.split(r"(\s*\n\s*)", text.strip())
-        return cls(
-            [sentences(line) for line in parts[::2]], [re.sub(r"[^\n]", "", gap) for gap in parts[1::2]]
-        )
+        return cls([sentences(line) for line in parts[::2]], [re.sub(r"[^\n]", "", gap) for gap in parts[1::2]])
 
     def map(self, change: Callable[[str], str]) -> Passage:
         """The same layout with every sentence changed; a sentence changed to nothing is dropped."""
@@ -48,12 +46,7 @@ class Passage:
 
     def flat(self) -> list[str]:
         """All sentences in order, without list markers."""
-        return [
-            MARKER.sub("", s, count=1) if MARKER.match(s) else s
-            for line in self.lines
-            for s in line
-            if s.strip()
-        ]
+        return [MARKER.sub("", s, count=1) if MARKER.match(s) else s for line in self.lines for s in line if s.strip()]
 
 
 def sentences(line: str) -> list[str]:
@@ -110,9 +103,7 @@ def names(text: str) -> list[str]:
         if _starts_sentence(text, match.start()):
             while words and _is_common(words[0]):
                 words.pop(0)
-        if words and not (
-            len(words) == 1 and (_is_common(words[0]) or words[0].lower() in word_set("dates"))
-        ):
+        if words and not (len(words) == 1 and (_is_common(words[0]) or words[0].lower() in word_set("dates"))):
             found[" ".join(words)] = None
     return list(found)
 
@@ -145,9 +136,7 @@ def _starts_sentence(text: str, position: int) -> bool:
 def _exchange(table: str) -> tuple[re.Pattern[str], dict[str, list[str]]]:
     pairs = dict(word_pairs(table))
     longest_first = sorted(pairs, key=len, reverse=True)
-    return re.compile(
-        r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b(?!['’]\w)", re.IGNORECASE
-    ), pairs
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b(?!['’]\w)", re.IGNORECASE), pairs
 
 
 def swap(text: str, table: str, rng: Random, values: dict[str, str] | None = None) -> str:
@@ -160,9 +149,7 @@ def swap(text: str, table: str, rng: Random, values: dict[str, str] | None = Non
     def change(match: re.Match[str]) -> str:
         word = match[0]
         starts = _starts_sentence(text, match.start())
-        titled = word.lower() not in word_set("skip") and re.match(
-            r" [A-Z]", text[match.end() : match.end() + 2]
-        )
+        titled = word.lower() not in word_set("skip") and re.match(r" [A-Z]", text[match.end() : match.end() + 2])
         if word[0].isupper() and (titled or not starts) and word != "I" and not word.isupper():
             return word
         new = fill(rng.choice(pairs[word.lower()]), values or {})

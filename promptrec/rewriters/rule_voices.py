@@ -80,9 +80,7 @@ def with_lead(sentence: str, lead: str) -> str:
     speaker = SPEAKER.match(sentence)
     name, said = (speaker[0], sentence[speaker.end() :]) if speaker else ("", sentence)
     if re.match(r"[\"“]", said) or re.match(r"\w*", said)[0].lower() in verbs():
-        lead = (
-            re.sub(r",? (?:that|how|as|and|but|because|why)$", ":", lead.rstrip()) + " "
-        )  # no clause follows
+        lead = re.sub(r",? (?:that|how|as|and|but|because|why)$", ":", lead.rstrip()) + " "  # no clause follows
     ends_sentence = lead.rstrip()[-1] in ".!?"
     return name + raise_first(lead) + (raise_first(said) if ends_sentence else lower_first(said))
 
@@ -99,9 +97,7 @@ def wrap(text: str, entry: dict, values: Slots, rng: Random, sure: bool = False)
     if openings and (rng.random() < FRAME_RATE or sure):
         text = attach(raise_first(fill(rng.choice(openings), values)), text)
     if closings and rng.random() < FRAME_RATE:
-        text = attach(
-            text if text[-1].isspace() else finish(text), raise_first(fill(rng.choice(closings), values))
-        )
+        text = attach(text if text[-1].isspace() else finish(text), raise_first(fill(rng.choice(closings), values)))
     return text
 
 
@@ -146,9 +142,7 @@ def simpler(text: str, slots: Slots, rng: Random) -> str:
 
     def cut(sentence: str) -> str:
         pieces = joint.split(sentence) if len(sentence.split()) > 8 else [sentence]
-        return " ".join(
-            raise_first(finish(piece) if i < len(pieces) - 1 else piece) for i, piece in enumerate(pieces)
-        )
+        return " ".join(raise_first(finish(piece) if i < len(pieces) - 1 else piece) for i, piece in enumerate(pieces))
 
     return speak("simpler", Passage.of(text).map(cut).text(), slots, rng)
 

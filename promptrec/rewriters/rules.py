@@ -52,18 +52,12 @@ class RulesRewriter:
         that is not of the grammar.
         """
         if len(originals) != len(prompts):
-            raise InputError(
-                f"{len(originals)} originals and {len(prompts)} prompts: one prompt a text is needed"
-            )
-        return [
-            self._rewrite_one(original, prompt) for original, prompt in zip(originals, prompts, strict=True)
-        ]
+            raise InputError(f"{len(originals)} originals and {len(prompts)} prompts: one prompt a text is needed")
+        return [self._rewrite_one(original, prompt) for original, prompt in zip(originals, prompts, strict=True)]
 
     def _rewrite_one(self, original: str, prompt: str) -> str:
         if not original.strip():
-            raise InputError(
-                f"blank original text for the prompt {prompt[:60]!r}: there is nothing to rewrite"
-            )
+            raise InputError(f"blank original text for the prompt {prompt[:60]!r}: there is nothing to rewrite")
         wanted = parse_prompt(prompt)
         rng = _row_random(self.seed, original, prompt)
         lead_in = rng.choice(LEAD_INS) if rng.random() < LEAD_IN_SHARE else ""
