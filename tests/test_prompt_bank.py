@@ -8,6 +8,7 @@ import time
 import pandas as pd
 import pytest
 
+from promptrec.errors import InputError
 from promptrec.grammar import load_grammar
 from promptrec.prompt_bank import (
     MIXTURE_SHARE,
@@ -153,3 +154,10 @@ def test_shipped_prompts():
     shipped = shipped_prompts()
     assert list(shipped.columns) == ["rewrite_prompt", "taxonomy"]
     assert len(shipped) > 100 and shipped["rewrite_prompt"].str.strip().str.len().min() > 0
+
+
+def test_styles_and_mixtures_can_be_limited():
+    some = grammar_prompts(60, seed=1, styles=("pirate", "telegram", "place"), mixture_share=0.0)
+    assert set(some["style"]) == {"pirate", "telegram", "place"}
+    with pytest.raises(InputError, match="no style 'pirat'"):
+        grammar_prompts(5, seed=1, styles=("pirat",))
