@@ -64,6 +64,7 @@ import pandas as pd
 
 from promptrec import data, plots, splits, templates
 from promptrec.cleaning import clean, strip_lead_in
+from promptrec.grammar import load_grammar
 from promptrec.prompt_bank import grammar_prompts, shipped_prompts
 from promptrec.rewriting import get_rewriter, rewrite_table
 from promptrec.scoring import get_scorer
@@ -164,13 +165,14 @@ grammar.sample(6, random_state=1)[["rewrite_prompt", "style", "slots"]]
 
 # %% [markdown]
 # A prompt should suit its text: *"list the ingredients as bullet points"* on a poem teaches nothing, and the authors of one study name such mismatches as a
-# reason for poor training data. Each prompt therefore carries the kinds of text it suits. The offline stand-in can carry out grammar prompts only; Gemma takes both.
+# reason for poor training data. Each prompt therefore carries the kinds of text it suits. The offline stand-in can carry out grammar prompts only; Gemma takes both. The styles below are choosy, the others suit any text.
 
 # %%
 prompts = grammar
 if profile.rewriter != "rules":
     prompts = pd.concat([grammar, written.assign(kinds="any", style="written")], ignore_index=True)
-prompts["kinds"].str.split("|").explode().value_counts().head(5)
+picky = {name: style.kinds for name, style in load_grammar().styles.items() if "any" not in style.kinds}
+pd.DataFrame({"suits kinds": {name: len(kinds) for name, kinds in picky.items()}, "such as": {n: k[2:5] for n, k in picky.items()}})
 
 # %% [markdown]
 # ## Split first: by prompt cluster

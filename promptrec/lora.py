@@ -44,8 +44,8 @@ class LoraSettings:
     target_modules: tuple = ALL_LINEAR
     quantise: bool = True  # NF4 base
     # --- optimisation
-    steps: int = 450
-    learning_rate: float = 3e-3
+    steps: int = 560
+    learning_rate: float = 5e-3
     schedule: str = "cosine"
     warmup: float = 0.05  # share of the steps
     batch_size: int = 16
@@ -54,9 +54,9 @@ class LoraSettings:
     optimizer: str = "adamw_torch"
     gradient_checkpointing: bool = False
     # --- text
-    max_tokens: int = 320
+    max_tokens: int = 256
     # --- watching
-    evaluate_every: int = 75
+    evaluate_every: int = 80
     validation_rows: int = 64
     report_to: str = "none"  # "tensorboard" or "wandb"
     seed: int = 0

@@ -58,7 +58,11 @@ def execute_notebook(source: Path, target: Path, profile: Profile, out: Path) ->
         "PROMPTREC_INPUT": profile.input_root,
     }
     client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(source.parent)}}
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        extra_arguments=["--log-level=40"],
+        resources={"metadata": {"path": str(source.parent)}},
     )
     try:
         client.execute(env=environment)
