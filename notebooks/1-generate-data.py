@@ -192,8 +192,8 @@ pd.DataFrame({"suits kinds": {name: len(kinds) for name, kinds in picky.items()}
 scorer = get_scorer("minilm")
 vectors = scorer.encode(prompts["rewrite_prompt"].tolist())
 near = vectors[:500] @ vectors[:500].T
-pairs = [(i, j) for i in range(500) for j in range(i) if 0.88 < near[i, j] < 0.93]
-for i, j in random.Random(3).sample(pairs, 4):
+pairs = [(i, j) for i in range(len(near)) for j in range(i) if 0.88 < near[i, j] < 0.93]
+for i, j in random.Random(3).sample(pairs, min(4, len(pairs))):
     print(f"{near[i, j]:.2f}  {prompts['rewrite_prompt'][i]!r}  ~  {prompts['rewrite_prompt'][j]!r}")
 
 # %% [markdown]

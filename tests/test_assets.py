@@ -61,7 +61,7 @@ COMMON = {
 }
 UNPRINTABLE = {"Cc", "Cn", "Co", "Cs"}  # Unicode categories: control, unassigned, private, surrogate
 SMALL_EDIT = re.compile(
-    r"\b(?:fix|tidy|grammar|punctuation|tense|person|remove|replace|change|shrink)\b", re.IGNORECASE
+    r"\b(?:fix|tidy|grammar|punctuation|tense|person|remove|replace|change|shrink|emojis)\b", re.IGNORECASE
 )
 
 
@@ -143,7 +143,7 @@ def test_long_texts_use_english_words(originals, triples):
     for text in [*originals["text"], *triples["rewritten_text"]]:
         if len(words(text)) >= 60:
             share = sum(word in COMMON for word in words(text)) / len(words(text))
-            assert share >= 0.05, text  # notes and lists have few
+            assert share >= 0.04, text  # notes and lists have few
 
 
 def test_originals_are_ascii(originals, triples):

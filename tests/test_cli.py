@@ -41,7 +41,9 @@ def inputs(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "latin.csv").write_bytes("id,original_text,rewritten_text\n1,caf\xe9,x\n".encode("latin-1"))
     (tmp_path / "torn.jsonl").write_text('{"id": "a", "orig')
-    (tmp_path / "log.jsonl").write_text('{"id": "a", "rewrite_prompt": "other", "rewritten_text": "x"}\n')
+    (tmp_path / "log.jsonl").write_text(
+        '{"id": "a", "original": "0", "rewrite_prompt": "other", "rewritten_text": "x", "rewriter": "rules (stand-in)"}\n'
+    )
     (tmp_path / "folder.csv").mkdir()
     return tmp_path
 
@@ -85,7 +87,7 @@ BAD = {
     "rewrite header.csv --out p.jsonl": "header.csv: the table has no rows",
     "rewrite null.jsonl --out p.jsonl": "row 2: rewrite_prompt is blank",
     "rewrite in.csv --out unknown.jsonl": "'Make it a sea shanty' is not a prompt of the grammar",
-    "rewrite in.csv --out log.jsonl": "id 'a' was rewritten with another rewrite_prompt",
+    "rewrite in.csv --out log.jsonl": "id 'a' was rewritten with another original",
     "score null.jsonl truth.csv": "predictions: id 'b' has a blank rewrite_prompt",
     "score twice.csv truth.csv": "predictions: row 2: id 'a' is missing or occurs twice",
     "score other.csv truth.csv": "predictions: id 'z' is not in the truth",

@@ -81,7 +81,14 @@ class KerasGemmaRewriter:
         outputs = self.model.generate(
             padded, max_length=bucket + self.max_new_tokens, strip_prompt=True, stop_token_ids=self._stop_ids(end)
         )
-        return [text.split(end)[0].strip() for text in outputs[: len(requests)]]
+        return [self._first_tokens(text.split(end)[0]) for text in outputs[: len(requests)]]
+
+    def _first_tokens(self, text: str) -> str:
+        """At most max_new_tokens of an answer: Keras counts from the bucket's end, so short requests get more."""
+        tokenizer = self.model.preprocessor.tokenizer
+        ids = list(tokenizer(text))
+        kept = tokenizer.detokenize([[int(token) for token in ids[: self.max_new_tokens]]])[0] if len(ids) > self.max_new_tokens else text
+        return kept.strip()
 
     def _stop_ids(self, end: str) -> list[int]:
         tokenizer = self.model.preprocessor.tokenizer
