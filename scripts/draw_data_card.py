@@ -182,7 +182,7 @@ def draw(data: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     return {
         "lengths": plots.length_histogram(triples, ["original_text", "rewrite_prompt", "rewritten_text"]),
         "taxonomy": draw_taxonomy(triples),
-        "clusters": plots.prompts_in_space(vectors, triples["split"].tolist(), triples["rewrite_prompt"].tolist()),
+        "clusters": plots.prompts_in_space(vectors, triples["split"].tolist()),
     }
 
 
@@ -191,7 +191,7 @@ CAPTIONS = {
     "taxonomy": "What the prompts of the triples ask for.",
     "clusters": (
         "The prompts of the triples by MiniLM (proxy). Near-copies never part, so no prompt of one side has a twin on "
-        "another; the sides still cover the same ground. Ringed: the prompt nearest to the middle of its side."
+        "another; the sides still cover the same ground."
     ),
 }
 

@@ -39,26 +39,7 @@ TEXTS = [(name, column) for name, columns in COLUMNS.items() for column in colum
 TOO_CLOSE = 0.95  # MiniLM cosine from which two prompts are the same prompt in other words
 LEAK = 6  # words of the prompt in a row that give it away
 MOJIBAKE = re.compile("[ÃÂâ][\u0080-\u00bf€™œ\u009d]|ï»¿|\ufffd")
-COMMON = {
-    "the",
-    "a",
-    "an",
-    "of",
-    "to",
-    "and",
-    "in",
-    "is",
-    "it",
-    "you",
-    "i",
-    "for",
-    "on",
-    "with",
-    "that",
-    "was",
-    "at",
-    "my",
-}
+COMMON = re.compile("the|a|an|of|to|and|in|is|it|you|i|for|on|with|that|was|at|my")
 UNPRINTABLE = {"Cc", "Cn", "Co", "Cs"}  # Unicode categories: control, unassigned, private, surrogate
 SMALL_EDIT = re.compile(
     r"\b(?:fix|tidy|grammar|punctuation|tense|person|remove|replace|change|shrink|emojis)\b", re.IGNORECASE
@@ -140,10 +121,9 @@ def test_text_is_printable_english(shipped, name, column):
 
 
 def test_long_texts_use_english_words(originals, triples):
-    for text in [*originals["text"], *triples["rewritten_text"]]:
-        if len(words(text)) >= 60:
-            share = sum(word in COMMON for word in words(text)) / len(words(text))
-            assert share >= 0.04, text  # notes and lists have few
+    texts = [text for text in [*originals["text"], *triples["rewritten_text"]] if len(words(text)) >= 60]
+    shares = [sum(bool(COMMON.fullmatch(word)) for word in words(text)) / len(words(text)) for text in texts]
+    assert min(shares) > 0 and np.quantile(shares, 0.01) > 0.1  # logs and tables may have fewer, but few texts are such
 
 
 def test_originals_are_ascii(originals, triples):
