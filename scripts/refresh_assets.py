@@ -4,7 +4,8 @@
 
 originals.csv (id, kind, text) gets `split`; triples.csv gets `prompt_cluster` and, where it has none, `split`: rows keep
 the side they have, unless new text links two sides (then both go to the more held-out one). prompts.csv loses any prompt
-that is closer than cosine .95 to another one or to a prompt of the triples. Hand-written columns are never changed.
+that is closer than cosine .95 to another one or to a prompt of the triples, or than .9 to a held-out one of those.
+Hand-written columns are never changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pandas as pd
 
 from promptrec.profiles import ASSETS
 from promptrec.scoring import get_scorer
-from promptrec.splits import check_split, cluster_prompts, hash_split, split_components
+from promptrec.splits import SAME_PROMPT, check_split, cluster_prompts, hash_split, split_components
 from promptrec.tables import read_table, write_table
 
 TOO_CLOSE = 0.95
@@ -40,8 +41,10 @@ def main() -> None:
     check_split(triples)
 
     prompts = read_table(ASSETS / "prompts.csv")
-    everything = np.concatenate([vectors, scorer.encode(prompts["rewrite_prompt"].tolist())])
-    prompts = prompts[first_of_near(everything)[len(vectors) :]]
+    theirs = scorer.encode(prompts["rewrite_prompt"].tolist())
+    kept = first_of_near(np.concatenate([vectors, theirs]))[len(vectors) :]
+    held_out = vectors[(triples["split"] != "train").to_numpy()]
+    prompts = prompts[kept & ((theirs @ held_out.T).max(1) < SAME_PROMPT)]
 
     originals = read_table(ASSETS / "originals.csv")
     sides = dict(zip(triples["original_text"], triples["split"], strict=True))

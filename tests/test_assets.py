@@ -312,3 +312,8 @@ def test_the_card_gives_true_numbers():
     assert written.startswith(card["numbers"](card["load"]())), "run scripts/draw_data_card.py"
     for name in ("lengths", "taxonomy", "clusters"):
         assert (root / "images" / f"data-{name}.svg").stat().st_size < 200_000
+
+
+def test_the_retrieval_bank_holds_no_twin_of_a_held_out_prompt(prompts, triples, minilm):
+    held_out = triples.loc[triples["split"] != "train", "rewrite_prompt"].tolist()
+    assert (minilm.encode(prompts["rewrite_prompt"].tolist()) @ minilm.encode(held_out).T).max() < 0.9

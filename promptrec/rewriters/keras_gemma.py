@@ -86,9 +86,10 @@ class KerasGemmaRewriter:
     def _first_tokens(self, text: str) -> str:
         """At most max_new_tokens of an answer: Keras counts from the bucket's end, so short requests get more."""
         tokenizer = self.model.preprocessor.tokenizer
-        ids = list(tokenizer(text))
-        kept = tokenizer.detokenize([[int(token) for token in ids[: self.max_new_tokens]]])[0] if len(ids) > self.max_new_tokens else text
-        return kept.strip()
+        ids = [int(token) for token in tokenizer(text)]
+        if len(ids) > self.max_new_tokens:
+            text = tokenizer.detokenize([ids[: self.max_new_tokens]])[0]
+        return text.strip()
 
     def _stop_ids(self, end: str) -> list[int]:
         tokenizer = self.model.preprocessor.tokenizer
