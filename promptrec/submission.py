@@ -14,6 +14,7 @@ from promptrec.scoring import check_texts
 from promptrec.tables import require_columns, write_table
 
 FALLBACK = "Improve the text to this."  # a constant that scored .60 on the leaderboard
+READ_AS_NULL = {"NA", "N/A", "n/a", "NaN", "nan", "-nan", "null", "NULL", "None", "<NA>", "#N/A"}  # by plain pandas
 
 
 def write_submission(predictions: pd.DataFrame, path: str | Path, ids: pd.Series | None = None) -> Path:
@@ -44,6 +45,11 @@ def _in_order(table: pd.DataFrame, ids: pd.Series) -> pd.DataFrame:
 
 
 def fill_blanks(predictions: pd.DataFrame, fallback: str = FALLBACK) -> pd.DataFrame:
-    """Replace blank or null answers by a constant that scores something: a model may return nothing, a file may not."""
-    good = predictions["rewrite_prompt"].map(lambda text: isinstance(text, str) and bool(text.strip()))
+    """Replace blank or null answers by a constant that scores something: a model may return nothing, a file may not.
+
+    An answer such as "None" counts as null: plain pandas reads it as one.
+    """
+    good = predictions["rewrite_prompt"].map(
+        lambda text: isinstance(text, str) and bool(text.strip()) and text.strip() not in READ_AS_NULL
+    )
     return predictions.assign(rewrite_prompt=predictions["rewrite_prompt"].where(good, fallback))
