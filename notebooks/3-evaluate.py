@@ -559,7 +559,7 @@ figure = plots.paired_differences(gains("hand-written"))
 figure
 
 # %% [markdown]
-# Here the picture turns. The fine-tuned model, well ahead on the rewriter's rows, lies **below** the constant: it
+# Here the picture turns. The fine-tuned model, ahead on the rewriter's rows, lies **below** the constant: it
 # answers with a prompt of the grammar, a definite one, and a definite wrong answer scores less than a vague one.
 # These prompts and rewrites have little in common with the rules most of its training data came from, and a few
 # million parameters carry little over. Retrieval does not beat the constant beyond doubt either: its interval reaches

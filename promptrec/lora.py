@@ -118,7 +118,7 @@ def encode_table(tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, chat: 
 def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """A fresh LoRA adapter in fp32 on a frozen base: W x + (alpha / rank) B A x, with B = 0 at the start.
 
-    Source: Hu et al., LoRA, 2021. fp32 adapters make a resumed run bit-identical to an uninterrupted one.
+    Source: Hu et al., LoRA, 2021. fp32, so that a resumed run goes on from what it saved.
     """
     if settings.quantise:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)

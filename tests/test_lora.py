@@ -241,7 +241,7 @@ def kill_rows() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["original_text", "rewrite_prompt", "rewritten_text"])
 
 
-def test_killed_ten_times_training_goes_on_and_ends_with_the_same_adapter(base, tmp_path):
+def test_killed_ten_times_training_goes_on_and_ends_where_an_undisturbed_run_ends(base, tmp_path):
     script = KILLED.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", script, str(base), str(tmp_path)],
@@ -256,7 +256,13 @@ def test_killed_ten_times_training_goes_on_and_ends_with_the_same_adapter(base, 
     steps = [int(step) if step.isdigit() else 0 for step in reached]
     assert len(steps) == 10 and steps == sorted(steps) and steps[-1] > 0
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("interrupted", "whole")]
-    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+    # rounding differs between processes; a lost optimiser state or another order of rows would show in the first digits
+    assert all(torch.allclose(adapters[0][key], adapters[1][key], atol=2e-3) for key in adapters[1])
+    histories = [pd.read_csv(tmp_path / name / "history.csv") for name in ("interrupted", "whole")]
+    assert histories[0]["step"].tolist() == histories[1]["step"].tolist()
+    assert histories[0]["eval_loss"].dropna().tolist() == pytest.approx(
+        histories[1]["eval_loss"].dropna().tolist(), abs=2e-3
+    )
 
 
 def test_sampler_shows_every_row_once_and_depends_on_seed_and_epoch_only():

@@ -75,3 +75,8 @@ def test_blanks_are_filled_and_the_rest_is_kept(path):
     assert filled["rewrite_prompt"].tolist() == ["x", FALLBACK, FALLBACK]
     assert fill_blanks(PREDICTIONS)["rewrite_prompt"].tolist() == PREDICTIONS["rewrite_prompt"].tolist()
     write_submission(filled, path)
+
+
+def test_an_answer_that_pandas_reads_as_null_is_replaced():
+    table = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": ["None", "NA", "Rewrite it as a null pointer joke."]})
+    assert fill_blanks(table)["rewrite_prompt"].tolist() == [FALLBACK, FALLBACK, "Rewrite it as a null pointer joke."]
