@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from promptrec.errors import InputError
-from promptrec.profiles import ASSETS, ATTACH
+from promptrec.profiles import ASSETS, attach_hint
 from promptrec.tables import check_digest, progress
 
 TINY_GEMMA = ASSETS / "tiny-gemma"
@@ -54,7 +54,7 @@ def check_model_directory(path: str | Path) -> None:
     local = directory.is_absolute() or str(path).startswith(".") or directory.exists()
     if not local:
         return  # a hub name; the library reports what it cannot reach
-    hint = next((text for part, text in ATTACH.items() if part in str(path)), "check the path")
+    hint = attach_hint(path, "check the path")
     if not (directory / "config.json").is_file():
         raise InputError(f"{path}: no model there (config.json is missing); {hint}")
     if not list(directory.glob("*.safetensors")):

@@ -185,11 +185,9 @@ class LengthGroupedSampler(Sampler):
         pools = [order[start : start + size] for start in range(0, len(order), size)]
         ordered = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
         batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
-        whole = (
-            rng.permutation(len(batches) - 1) if len(batches[-1]) < self.batch_size else rng.permutation(len(batches))
-        )
-        rest = [] if len(whole) == len(batches) else [len(batches) - 1]
-        return iter(np.concatenate([batches[number] for number in [*whole, *rest]]).tolist())
+        full = len(self.lengths) // self.batch_size  # a last, shorter batch stays last
+        order = [*rng.permutation(full), *range(full, len(batches))]
+        return iter(np.concatenate([batches[number] for number in order]).tolist())
 
 
 class AnswerOnlyTrainer(SFTTrainer):

