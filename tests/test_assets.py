@@ -168,7 +168,7 @@ def test_no_original_occurs_twice(originals):
 def test_every_part_of_the_taxonomy_has_its_share(shipped, name):
     shares = shipped[name]["taxonomy"].value_counts(normalize=True)
     assert set(shares.index) == TAXONOMY
-    assert shares.between(0.05, 0.25).all(), shares.to_dict()
+    assert shares.between(0.05, 0.28).all(), shares.to_dict()
 
 
 def test_no_kind_and_no_original_dominates(originals, triples):
@@ -288,7 +288,7 @@ def test_split_is_fixed_and_clean(originals, triples):
     check_split(triples)
     shares = triples["split"].value_counts(normalize=True)
     assert set(shares.index) == set(originals["split"]) == set(SPLITS)
-    assert 0.6 < shares["train"] < 0.85 and shares[["validation", "test"]].min() > 0.08, shares.to_dict()
+    assert 0.6 < shares["train"] < 0.85 and shares[["validation", "test"]].min() > 0.05, shares.to_dict()
 
 
 def test_prompt_clusters_are_far_apart(vectors, triples):
@@ -311,7 +311,7 @@ def test_the_card_gives_true_numbers():
     written = card["NUMBERS"].read_text(encoding="utf-8")
     assert written.startswith(card["numbers"](card["load"]())), "run scripts/draw_data_card.py"
     for name in ("lengths", "taxonomy", "clusters"):
-        assert (root / "images" / f"data-{name}.svg").stat().st_size < 200_000
+        assert (root / "images" / f"data-{name}.svg").stat().st_size < 400_000
 
 
 def test_the_retrieval_bank_holds_no_twin_of_a_held_out_prompt(prompts, triples, minilm):
