@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from promptrec.errors import InputError
-from promptrec.profiles import ASSETS, Profile
+from promptrec.profiles import ASSETS, CORPORA, Profile, attach_hint, attached
 from promptrec.tables import read_table, require_columns
 
 TEXT_COLUMNS = ("original_text", "rewrite_prompt", "rewritten_text")
@@ -100,11 +100,11 @@ def profile_sources(profile: Profile) -> list[Source]:
     """Where the profile's originals lie: the shipped texts, or the attached corpora of the ancestor's Part 1."""
     if not profile.name.startswith("kaggle"):
         return [Source(str(ASSETS / "originals.csv"), "text")]
-    root = profile.input_root
+    plots, books, tweets = (str(attached(profile.input_root, path)) for path in CORPORA)
     return [
-        Source(f"{root}/wikipedia-movie-plots/wiki_movie_plots_deduped.csv", "Plot", "film plot", rows=1500),
-        Source(f"{root}/wikibooks-dataset/wikibooks.sqlite", "abstract", "encyclopedia entry", table="en", rows=1500),
-        Source(f"{root}/tweets/tweets.csv", "text", "tweet", rows=2000),
+        Source(plots, "Plot", "film plot", rows=1500),
+        Source(books, "abstract", "encyclopedia entry", table="en", rows=1500),
+        Source(tweets, "text", "tweet", rows=2000),
     ]
 
 
@@ -138,7 +138,7 @@ def _load_source(source: Source, seed: int) -> pd.DataFrame:
 
 def _read_sqlite(path: Path, table: str, column: str) -> pd.DataFrame:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
+        raise InputError(f"{path}: no such file; {attach_hint(path, 'check the path')}")
     with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
         try:
             tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -281,6 +281,26 @@ def check_cells(table: pd.DataFrame, columns: Iterable[str], where: str) -> None
         raise InputError(
             f"{where}: id {table.loc[table['id'].duplicated(), 'id'].iloc[0]!r} occurs twice; ids must be distinct"
         )
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a .txt file, one a line (blank lines do not count), or of a table's column rewrite_prompt.
+
+    A prompt that is there twice comes twice. Raises InputError naming the file, and the row of a blank cell.
+    """
+    path = Path(path)
+    if path.suffix != ".txt" or not path.is_file():
+        table = read_table(path, required=["rewrite_prompt"])
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8 and try again") from None
+        table = pd.DataFrame({"rewrite_prompt": [line for line in lines if line.strip()]})
+    if table.empty:
+        raise InputError(f"{path}: holds no prompts; write one a line")
+    check_cells(table[["rewrite_prompt"]], ["rewrite_prompt"], str(path))
+    return table["rewrite_prompt"].str.strip().tolist()
 
 
 def merge_triples(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,17 +12,33 @@ from promptrec.cleaning import clean
 from promptrec.data import load_triples
 from promptrec.errors import InputError
 from promptrec.inference import held_out_scs
-from promptrec.language_model import GenerationSettings
-from promptrec.lora import T4, LoraSettings, finetune
-from promptrec.profiles import Profile, override
+from promptrec.profiles import Profile, model_name, override
 from promptrec.scoring import Scorer, profile_scorer
 from promptrec.splits import check_split, cluster_prompts, split_components
 from promptrec.tables import read_table, write_manifest
 
 
-def settings_for(profile: Profile, **changes: object) -> LoraSettings:
+def settings_for(profile: Profile, **changes: object) -> object:
     """The profile's fine-tuning settings with changes (type-checked, unknown ones refused)."""
+    if profile.in_keras:
+        from promptrec.lora_keras import V3_8
+
+        return override(V3_8, **changes)
+    from promptrec.lora import T4, LoraSettings
+
     return override(LoraSettings() if profile.name == "local" else T4, **changes)
+
+
+def trainer_for(profile: Profile, watched: pd.DataFrame, scorer: Scorer) -> tuple[Callable, Callable]:
+    """(finetune, measure): how the profile fine-tunes, in torch or in Keras, and its SCS on the watched rows."""
+    if profile.in_keras:
+        from promptrec import lora_keras
+
+        return lora_keras.finetune, lora_keras.held_out_scs(watched, scorer, profile.chat)
+    from promptrec.language_model import GenerationSettings
+    from promptrec.lora import finetune
+
+    return finetune, held_out_scs(watched, scorer, profile.chat, GenerationSettings(batch_size=64))
 
 
 def finetune_file(
@@ -40,7 +57,7 @@ def finetune_file(
             f"{path}: {len(train)} training and {len(validation)} validation rows; both are needed: add more distinct prompts"
         )
     watched = validation.sample(min(len(validation), settings.validation_rows), random_state=seed)
-    measure = held_out_scs(watched, scorer, profile.chat, GenerationSettings(batch_size=64))
+    finetune, measure = trainer_for(profile, watched, scorer)
     history = finetune(train, watched, profile.base_model, out, settings, profile.chat, measure)
     write_manifest(
         Path(out),
@@ -49,7 +66,7 @@ def finetune_file(
         seed=seed,
         rows=len(train),
         settings=settings,
-        base_model=Path(profile.base_model).name,
+        base_model=model_name(profile.base_model),
         scorer=scorer.name,
         best_scs=float(history["scs"].max()),
     )

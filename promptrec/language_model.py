@@ -23,6 +23,7 @@ from promptrec.errors import InputError
 from promptrec.profiles import ASSETS, attach_hint
 from promptrec.tables import check_digest, progress
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 TINY_GEMMA = ASSETS / "tiny-gemma"
 TINY_GEMMA_SHA256 = "d8bcc4fe167ab53babcd9aab04f30fd8d46c5a23acd164fd84729fb6a36fbddf"
 
@@ -66,6 +67,10 @@ def check_model_directory(path: str | Path) -> None:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left (generation continues the last token), with its own pad token."""
     check_model_directory(path)
+    directory = Path(path)
+    if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        hint = attach_hint(path, "copy the tokenizer's files, too")  # transformers would make up an empty vocabulary
+        raise InputError(f"{path}: no tokenizer there ({' and '.join(TOKENIZER_FILES)} are missing); {hint}")
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.unk_token  # pad = eos would mask the end of every answer
@@ -128,8 +133,8 @@ def generate(
     torch.manual_seed(settings.seed)
     encoded = [token_ids(tokenizer, request) for request in requests]
     order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
-    answers, batch_size, started = [""] * len(encoded), settings.batch_size, time.monotonic()
-    bar = progress(None, total=len(order), desc=description)
+    answers, batch_size = [""] * len(encoded), settings.batch_size
+    bar, started = progress(None, total=len(order), desc=description), time.monotonic()
     while order and not (stop_after is not None and time.monotonic() - started > stop_after):
         positions = order[:batch_size]
         try:
@@ -165,17 +170,25 @@ def _generate_batch(model, tokenizer, rows: list[list[int]], settings: Generatio
             attention_mask=mask,
             max_new_tokens=settings.max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=_ends(tokenizer, stop),
+            eos_token_id=[tokenizer.eos_token_id, *stop_ids(tokenizer, stop)],
             **sampling,
         )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=False)
     return [_until_end(text, tokenizer, stop) for text in texts]
 
 
-def _ends(tokenizer, stop: str) -> list[int]:
-    """Token ids that end an answer: EOS, and `stop` where it is a single token (as <end_of_turn> is)."""
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
+    """Id of the text that ends an answer, where it is one token; none where it is plain text.
+
+    Raises InputError when a mark such as <end_of_turn> is not one token: the tokenizer knows no chat, and the model would
+    read and write noise without a word of warning.
+    """
     ids = tokenizer(stop, add_special_tokens=False)["input_ids"] if stop else []
-    return [tokenizer.eos_token_id] + (ids if len(ids) == 1 else [])
+    if len(ids) > 1 and stop.startswith("<"):
+        path = tokenizer.name_or_path
+        hint = attach_hint(path, "use an instruction-tuned model with its own tokenizer files")
+        raise InputError(f"{path}: the tokenizer has no chat mark {stop}; {hint}")
+    return ids if len(ids) == 1 else []
 
 
 def _until_end(text: str, tokenizer, stop: str) -> str:

@@ -26,9 +26,10 @@ from trl import SFTConfig, SFTTrainer
 
 from promptrec.data import check_cells, text_id
 from promptrec.errors import InputError
-from promptrec.language_model import compute_dtype, load_model, load_tokenizer, token_ids
-from promptrec.tables import read_table, require_columns, write_json, write_table
-from promptrec.templates import recovery_answer, recovery_request
+from promptrec.language_model import compute_dtype, load_model, load_tokenizer, stop_ids, token_ids
+from promptrec.profiles import model_name
+from promptrec.tables import full_disk_named, read_table, require_columns, write_json, write_table
+from promptrec.templates import chat_of, recovery_answer, recovery_request
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -107,10 +108,11 @@ def shorten(text: str, share: float) -> str:
 
 
 def encode_table(tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, chat: str, max_tokens: int) -> Dataset:
-    """All rows encoded. Raises InputError for missing columns or blank cells; no row is dropped silently."""
+    """All rows encoded. Raises InputError for missing columns, blank cells or an unfit tokenizer; no row is dropped."""
     columns = ["original_text", "rewrite_prompt", "rewritten_text"]
     require_columns(table, columns, "training data")
     check_cells(table.reset_index(drop=True), columns, "training data")
+    stop_ids(tokenizer, chat_of(chat).after_model)
     rows = [encode_row(tokenizer, row, chat, max_tokens) for _, row in table.iterrows()]
     return Dataset.from_list(rows)
 
@@ -267,11 +269,12 @@ def finetune(
     )
     adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # the history holds the log
-    trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
-    trainer.model.save_pretrained(out, safe_serialization=True)
-    tokenizer.save_pretrained(out)
-    history = training_history(trainer.state.log_history)
-    write_table(history, out / "history.csv")
+    with full_disk_named(out):
+        trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
+        trainer.model.save_pretrained(out, safe_serialization=True)
+        tokenizer.save_pretrained(out)
+        history = training_history(trainer.state.log_history)
+        write_table(history, out / "history.csv")
     del trainer, model  # a notebook loads the model again: free a single card's memory first
     gc.collect()
     torch.cuda.empty_cache()
@@ -285,7 +288,7 @@ def claim_folder(out: Path, settings: LoraSettings, train: pd.DataFrame, base_mo
     """
     lasting = {key: value for key, value in asdict(settings).items() if key not in ("time_budget", "report_to")}
     digest = text_id(*train[["original_text", "rewrite_prompt", "rewritten_text"]].to_numpy().ravel())
-    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": Path(base_model).name}))
+    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": model_name(base_model)}))
     mark = out / "run.json"
     if mark.is_file() and (found := json.loads(mark.read_text())) != run:
         differs = [key for key in run if found.get(key) != run[key]]

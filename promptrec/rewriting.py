@@ -6,7 +6,6 @@ batch in flight, repeats nothing and ends with the same set of rows. Several pro
 
 from __future__ import annotations
 
-import errno
 import time
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pandas as pd
 
 from promptrec.data import check_cells, text_id
 from promptrec.errors import InputError
-from promptrec.profiles import Profile
+from promptrec.profiles import Profile, override
 from promptrec.rewriters import Rewriter
-from promptrec.tables import append_jsonl, progress, read_jsonl, require_columns
+from promptrec.tables import append_jsonl, full_disk_named, progress, read_jsonl, require_columns
 
 
 def rewrite_table(
@@ -63,14 +62,8 @@ def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> 
             batch["id"], batch["original_text"], batch["rewrite_prompt"], rewritten, strict=True
         )
     ]
-    try:
+    with full_disk_named(log):
         append_jsonl(log, rows)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(
-                f"{log}: no space left on the disk; free some and start again, finished rows are kept"
-            ) from None
-        raise
     return {row["id"]: row["rewritten_text"] for row in rows}
 
 
@@ -106,6 +99,7 @@ def get_rewriter(profile: Profile, seed: int = 0) -> Rewriter:
         from promptrec.rewriters.hf import HuggingFaceRewriter
 
         return HuggingFaceRewriter(profile.rewriter_model, chat=profile.chat, seed=seed)
-    from promptrec.rewriters.keras_gemma import KerasGemmaRewriter
+    from promptrec.rewriters.keras_gemma import KerasGemmaRewriter, KerasGeneration
 
-    return KerasGemmaRewriter(profile.rewriter_model, seed=seed)
+    settings = override(KerasGeneration(max_new_tokens=384))
+    return KerasGemmaRewriter(profile.rewriter_model, seed, settings.max_new_tokens, settings.batch_size)

@@ -19,6 +19,7 @@ import pandas as pd
 from promptrec.errors import InputError
 from promptrec.profiles import Profile, quiet_frameworks
 from promptrec.tables import check_digest, progress, require_columns
+from promptrec.tensorflow_t5 import load_encoder
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 T5_MAX_TOKENS = 128
@@ -77,7 +78,7 @@ class MiniLMScorer(Scorer):
     def __init__(self, directory: str | Path | None = None) -> None:
         super().__init__()
         quiet_frameworks()
-        directory = Path(directory) if directory else minilm_directory()
+        self.directory = directory = Path(directory) if directory else minilm_directory()
         check_digest(directory / "model.safetensors", MINILM_SHA256)
         from sentence_transformers import SentenceTransformer
 
@@ -90,7 +91,7 @@ class MiniLMScorer(Scorer):
 class TensorFlowT5Scorer(Scorer):
     """sentence-t5-base as the competition ran it: a TensorFlow SavedModel directory or a TF-Hub handle.
 
-    Called on a 1-D string tensor it returns a one-element list; element 0 is float [n, 768], unit norm.
+    TensorFlow stays on the CPU, in a process of its own where another framework holds an accelerator.
     """
 
     name = "sentence-t5 (TensorFlow)"
@@ -98,44 +99,7 @@ class TensorFlowT5Scorer(Scorer):
 
     def __init__(self, model: str | Path) -> None:
         super().__init__()
-        import tensorflow as tf
-        import tensorflow_text  # noqa: F401  registers the SentencePiece ops inside the graph
-
-        tf.config.set_visible_devices([], "GPU")  # the language model needs the accelerators
-        self._tf, self._model = tf, model
-        if Path(model).is_dir():
-            self._call = _load_saved_model(tf, model)
-        elif str(model).startswith(("/", ".", "~")):
-            raise InputError(f"{model}: no such directory; attach the sentence-t5 st5-base SavedModel there")
-        else:
-            import tensorflow_hub
-
-            self._call = tensorflow_hub.load(str(model))
-
-    def _encode(self, texts: list[str]) -> np.ndarray:
-        try:
-            output = self._call(self._tf.constant(texts))
-        except (TypeError, ValueError, self._tf.errors.OpError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{self._model}: cannot be called on strings ({reason}); is this sentence-t5?") from None
-        vectors = output[0] if isinstance(output, list | tuple) and output else output
-        shape = getattr(vectors, "shape", None)
-        if shape is None or len(shape) != 2 or shape[0] != len(texts):
-            raise InputError(
-                f"{self._model}: returned {'no tensor' if shape is None else f'shape {tuple(shape)}'} for {len(texts)} "
-                f"texts; expected [{len(texts)}, 768]: is this sentence-t5?"
-            )
-        return vectors.numpy()
-
-
-def _load_saved_model(tf, directory: str | Path):
-    try:
-        model = tf.saved_model.load(str(directory))
-    except (OSError, tf.errors.OpError) as error:
-        raise InputError(f"{directory}: not a TensorFlow SavedModel ({str(error).splitlines()[0][:120]})") from None
-    if not callable(model):
-        raise InputError(f"{directory}: this SavedModel cannot be called on strings; expected sentence-t5 st5-base")
-    return model
+        self._encode = load_encoder(model)
 
 
 class HuggingFaceT5Scorer(Scorer):
@@ -154,7 +118,7 @@ class HuggingFaceT5Scorer(Scorer):
         from safetensors.torch import load_file
         from transformers import T5EncoderModel
 
-        directory = Path(directory)
+        self.directory = directory = Path(directory)
         for needed in ("spiece.model", "config.json", "2_Dense/model.safetensors"):
             if not (directory / needed).is_file():
                 raise InputError(
@@ -239,13 +203,18 @@ def check_predictions(predictions: pd.DataFrame, truth: pd.DataFrame) -> pd.Data
     return truth.drop(columns="prediction", errors="ignore").merge(renamed, on="id", how="left", validate="one_to_one")
 
 
-def check_texts(table: pd.DataFrame, column: str, where: str) -> None:
-    """Raise InputError naming the first row whose id is a duplicate or missing, or whose text is blank or null."""
+def check_ids(table: pd.DataFrame, where: str) -> None:
+    """Raise InputError naming the first row whose id is a duplicate or missing."""
     twice = table["id"][table["id"].duplicated() | table["id"].isna()]
     if len(twice):
         raise InputError(
             f"{where}: row {table.index.get_loc(twice.index[0]) + 1}: id {twice.iloc[0]!r} is missing or occurs twice"
         )
+
+
+def check_texts(table: pd.DataFrame, column: str, where: str) -> None:
+    """Raise InputError naming the first row whose id is a duplicate or missing, or whose text is blank or null."""
+    check_ids(table, where)
     blank = ~table[column].map(lambda text: isinstance(text, str) and bool(text.strip()))
     if blank.any():
         raise InputError(

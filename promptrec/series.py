@@ -14,12 +14,12 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from promptrec.errors import InputError
 from promptrec.plots import alt_into_cells
-from promptrec.profiles import Profile
-from promptrec.tables import progress, read_table
+from promptrec.profiles import Profile, missing_inputs
+from promptrec.tables import full_disk_named, progress, read_table
 
 PARTS = ("1-generate-data", "2-fine-tune", "3-evaluate")
 _ERASE = re.compile(r"\x1b\[[0-9;]*m")
@@ -36,8 +36,11 @@ def notebooks_folder() -> Path:
 def run_series(profile: Profile, parts: Sequence[str] = PARTS) -> dict[str, float]:
     """Execute the parts in order; executed notebooks land in <out>/notebooks. Returns seconds by part.
 
-    Raises InputError, with the notebook's own last line, when a part fails; what was finished before stays.
+    Raises InputError, with the notebook's own last line, when a part fails; what was finished before stays. An input that
+    any part lacks is named before the first one starts.
     """
+    if missing := missing_inputs(profile):
+        raise InputError(f"{len(missing)} input(s) missing: {'; '.join(missing)}")
     out = Path(profile.out).resolve()
     seconds = {}
     for part in progress(parts, desc="series"):
@@ -55,7 +58,7 @@ def execute_notebook(source: Path, target: Path, profile: Profile, out: Path) ->
     environment = os.environ | {
         "PROMPTREC_PROFILE": profile.name,
         "PROMPTREC_OUT": str(out),
-        "PROMPTREC_INPUT": profile.input_root,
+        "PROMPTREC_INPUT": str(Path(profile.input_root).resolve()),
     }
     client = NotebookClient(
         notebook,
@@ -71,6 +74,9 @@ def execute_notebook(source: Path, target: Path, profile: Profile, out: Path) ->
         raise InputError(
             f"{source.name}: {_ERASE.sub('', f'{error.ename}: {error.evalue}').splitlines()[0]} (see {target})"
         ) from None
+    except DeadKernelError:
+        _save(notebook, target)
+        raise InputError(f"{source.name}: its kernel died, most likely for want of memory (see {target})") from None
     return _save(tidy(notebook), target)
 
 
@@ -89,8 +95,9 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _save(notebook: nbformat.NotebookNode, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(nbformat.from_dict(notebook), target)
+    with full_disk_named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nbformat.from_dict(notebook), target)
     return target
 
 

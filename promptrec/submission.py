@@ -10,11 +10,27 @@ from pathlib import Path
 import pandas as pd
 
 from promptrec.errors import InputError
-from promptrec.scoring import check_texts
-from promptrec.tables import require_columns, write_table
+from promptrec.profiles import COMPETITION_TEST, Profile, attached
+from promptrec.scoring import check_ids, check_texts
+from promptrec.tables import read_table, require_columns, write_table
 
+TEST_COLUMNS = ["id", "original_text", "rewritten_text"]
 FALLBACK = "Improve the text to this."  # a constant that scored .60 on the leaderboard
 READ_AS_NULL = {"NA", "N/A", "n/a", "NaN", "nan", "-nan", "null", "NULL", "None", "<NA>", "#N/A"}  # by plain pandas
+
+
+def read_test(profile: Profile) -> pd.DataFrame | None:
+    """The competition's test rows: id, original_text, rewritten_text. None off Kaggle where none are attached.
+
+    Raises InputError for a missing file, missing columns, a missing or repeated id. Blank texts stay: their rows cannot
+    be asked about and get the fallback.
+    """
+    path = attached(profile.input_root, COMPETITION_TEST)
+    if not path.is_file() and not profile.name.startswith("kaggle"):
+        return None
+    table = read_table(path, required=TEST_COLUMNS)[TEST_COLUMNS]
+    check_ids(table, str(path))
+    return table
 
 
 def write_submission(predictions: pd.DataFrame, path: str | Path, ids: pd.Series | None = None) -> Path:

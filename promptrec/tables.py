@@ -6,6 +6,7 @@ Does not know what the columns mean; see data.py for that.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -14,19 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 
 from promptrec.errors import InputError
+from promptrec.profiles import attach_hint
 
 READERS = {
     ".csv": lambda path: pd.read_csv(path, dtype={"id": str}, keep_default_na=False, na_values=[""]),
     ".jsonl": lambda path: pd.DataFrame(read_jsonl(path)),
     ".parquet": pd.read_parquet,
 }
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK_SAID = ("No space left", "File too large", "quota exceeded", "PytorchStreamWriter", "inline_container.cc")
 VERSIONED = ("numpy", "pandas", "torch", "transformers", "peft", "bitsandbytes", "tensorflow", "keras", "jax")
 
 
@@ -38,7 +43,8 @@ def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path (current folder: {Path.cwd()})")
+        hint = attach_hint(path, f"check the path (current folder: {Path.cwd()})")
+        raise InputError(f"{path}: no such file; {hint}")
     if path.suffix not in READERS:
         raise InputError(f"{path}: unknown format {path.suffix!r}; give a file ending in {', '.join(READERS)}")
     try:
@@ -144,7 +150,11 @@ def write_table(table: pd.DataFrame, path: str | Path) -> Path:
 
 def write_json(value: object, path: str | Path) -> Path:
     """Write JSON atomically, indented, keys as given."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    return write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", path)
+
+
+def write_text(text: str, path: str | Path) -> Path:
+    """Write UTF-8 text atomically."""
     return _write_atomically(Path(path), lambda target: Path(target).write_text(text, encoding="utf-8"))
 
 
@@ -160,6 +170,19 @@ def _write_atomically(path: Path, write) -> Path:
     finally:
         Path(temporary).unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """A full disk met inside becomes one line, whichever library met it."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch have classes and words of their own for it
+        if getattr(error, "errno", None) not in FULL_DISK and not any(words in str(error) for words in FULL_DISK_SAID):
+            raise
+        raise InputError(
+            f"{path}: no space left on the disk; free some and start again, what is finished is kept"
+        ) from None
 
 
 def check_digest(path: Path, expected: str) -> None:

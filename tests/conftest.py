@@ -20,7 +20,7 @@ from promptrec.scoring import Scorer, get_scorer
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """No PROMPTREC_* variable of the developer's shell reaches a test, and none that a test sets outlives it."""
-    for name in ("PROFILE", "SETTINGS", "INPUT", "OUT", "NOTEBOOKS"):
+    for name in ("PROFILE", "SETTINGS", "INPUT", "OUT", "NOTEBOOKS", "SCORER_PROCESS", "CACHE"):
         monkeypatch.setenv(f"PROMPTREC_{name}", "")  # registers the variable, so that it is restored afterwards
         monkeypatch.delenv(f"PROMPTREC_{name}")
 
@@ -52,6 +52,22 @@ def word_scorer() -> WordScorer:
 def minilm():
     """The embedded MiniLM, loaded once for all tests (and shared with the command line, which caches it too)."""
     return get_scorer("minilm")
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory):
+    """MiniLM read at several depths, loaded once for all tests; what it embeds is kept for the session only."""
+    from promptrec.text_features import TextEncoder
+
+    return TextEncoder(tmp_path_factory.mktemp("embeddings"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory):
+    """A tiny sentence-t5 as a SavedModel and as a sentence-transformers folder, from the same weights."""
+    from tiny_t5 import build_tiny_t5
+
+    return build_tiny_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ BAD = {
     "recover in.csv": "Missing option '--out'",
     "recover in.csv --out": "requires an argument",
     "recover in.csv --out p.csv --seed one": "Invalid value for '--seed'",
+    "recover in.csv --out p.csv --seed -1": "Invalid value for '--seed'",
     "recover in.csv --out p.csv --profile laptop": "profile 'laptop' is unknown; choose one of",
     "recover in.csv --out p.csv --method magic": "method 'magic' is unknown; choose one of constant",
     "recover in.csv --out p.xlsx": "name a file ending in .csv or .jsonl or .parquet",
@@ -70,7 +71,7 @@ BAD = {
     "score in.csv truth.csv --scorer t5-tf": "needs a model path",
     "score in.csv truth.csv --scorer t5-hf --scorer-model nowhere": "spiece.model is missing",
     "score in.csv truth.csv --scorer t5-tf --scorer-model /nowhere": "/nowhere: no such directory",
-    "doctor --profile kaggle-t4x2": "3 input(s) missing",
+    "doctor --profile kaggle-t4x2": "7 input(s) missing",
     # what stands in the files
     "recover nowhere.csv --out p.csv --method constant": "nowhere.csv: no such file",
     "recover folder.csv --out p.csv --method constant": "folder.csv: no such file",
@@ -234,11 +235,11 @@ def test_doctor_reports_what_is_here(cli):
 def test_no_argument_and_help_show_every_command(cli):
     (code, out, err), (same_code, same_out, _) = cli(), cli("--help")
     assert (code, err, same_code) == (0, "", 0) and out == same_out
-    for command in ("doctor", "series", "rewrite", "finetune", "recover", "score"):
+    for command in ("doctor", "series", "rewrite", "finetune", "recover", "score", "mean-prompt"):
         assert f" {command} " in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "series", "rewrite", "finetune", "recover", "score"])
+@pytest.mark.parametrize("command", ["doctor", "series", "rewrite", "finetune", "recover", "score", "mean-prompt"])
 def test_every_command_explains_itself(cli, command):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "") and f"promptrec {command}" in out and "--profile" in out

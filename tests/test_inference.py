@@ -239,8 +239,8 @@ def test_long_texts_are_cut_and_shots_are_shown(toy, asked):
 def test_a_request_is_that_of_the_templates(toy, asked):
     from promptrec.templates import recovery_request
 
-    recoverer(toy, chat="mistral").recover(rows(1))
-    assert asked == [recovery_request("The ferry number 0.", "Ahoy, ferry 0!", "mistral")]
+    recoverer(toy, chat="plain").recover(rows(1))
+    assert asked == [recovery_request("The ferry number 0.", "Ahoy, ferry 0!", "plain")]
 
 
 def test_bad_rows_never_reach_the_model(toy, asked):

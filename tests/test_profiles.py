@@ -10,7 +10,20 @@ import pytest
 
 from promptrec import profiles
 from promptrec.errors import InputError
-from promptrec.profiles import PROFILES, activate, describe, detect, get_profile, missing_inputs, override
+from promptrec.profiles import (
+    COMPETITION_TEST,
+    CORPORA,
+    PROFILES,
+    activate,
+    attached,
+    describe,
+    detect,
+    find_result,
+    get_profile,
+    missing_inputs,
+    model_name,
+    override,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,12 @@ def test_a_profile_cannot_be_changed_in_place():
         get_profile("local").scorer = "t5-tf"
 
 
-@pytest.mark.parametrize(("name", "hints"), [("kaggle-t4x2", 3), ("kaggle-tpu", 3), ("gpu", 0)])
+@pytest.mark.parametrize(("name", "hints"), [("kaggle-t4x2", 7), ("kaggle-tpu", 7), ("gpu", 0)])
 def test_missing_inputs_say_what_to_attach(monkeypatch, tmp_path, name, hints):
     monkeypatch.setenv("PROMPTREC_INPUT", str(tmp_path))
     lines = missing_inputs(get_profile(name))
     assert len(lines) == hints
-    assert all("attach the Kaggle model" in line for line in lines)
+    assert all(" is missing; attach the Kaggle " in line for line in lines)
 
 
 def test_attached_inputs_are_not_missing(monkeypatch, tmp_path):
@@ -104,7 +117,49 @@ def test_attached_inputs_are_not_missing(monkeypatch, tmp_path):
     profile = get_profile("kaggle-t4x2")
     os.makedirs(profile.base_model)
     os.makedirs(profile.scorer_model)
+    for path in (*CORPORA, COMPETITION_TEST):
+        os.makedirs(tmp_path / path)
     assert missing_inputs(profile) == []
+
+
+@pytest.mark.parametrize("mount", ["", "datasets/somebody", "models/google", "competitions", "notebooks/somebody"])
+def test_inputs_are_found_wherever_kaggle_mounts_them(tmp_path, mount):
+    (tmp_path / mount / "emotions").mkdir(parents=True)
+    assert attached(tmp_path, "emotions") == tmp_path / mount / "emotions"
+    assert attached(tmp_path, "emotions/text.csv") == tmp_path / "emotions" / "text.csv"
+
+
+def test_the_newest_version_is_taken_where_the_path_leaves_it_open(monkeypatch, tmp_path):
+    for version in ("2", "10", "draft"):
+        (tmp_path / "models/keras/gemma/keras/gemma_instruct_7b_en" / version).mkdir(parents=True)
+    monkeypatch.setenv("PROMPTREC_INPUT", str(tmp_path))
+    assert get_profile("kaggle-tpu").base_model.endswith("gemma/keras/gemma_instruct_7b_en/10")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/kaggle/input/gemma/transformers/7b-it/3", "7b-it"),
+        ("/kaggle/input/gemma/keras/gemma_instruct_7b_en/2/", "gemma_instruct_7b_en"),
+        ("google/gemma-7b-it", "gemma-7b-it"),
+        ("tiny-gemma", "tiny-gemma"),
+        ("3", "3"),
+    ],
+)
+def test_a_model_is_named_after_itself_and_not_after_its_version(path, name):
+    assert model_name(path) == name
+
+
+def test_a_result_is_taken_from_the_output_first_and_the_inputs_second(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMPTREC_INPUT", str(tmp_path / "input"))
+    monkeypatch.setenv("PROMPTREC_OUT", str(tmp_path / "out"))
+    profile = get_profile("kaggle-t4x2")
+    with pytest.raises(InputError, match=r"training_data.csv is neither in .*; run Part 1, or attach its output"):
+        find_result(profile, "training_data.csv")
+    for folder in ("input/part-1", "out"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "training_data.csv").touch()
+        assert find_result(profile, "training_data.csv") == tmp_path / folder / "training_data.csv"
 
 
 ACTIVATE = """
@@ -120,7 +175,7 @@ def test_activate_sets_the_backend_and_imports_no_framework(tmp_path):
     environment = clean | {"PROMPTREC_OUT": str(tmp_path / "out")}
     printed = subprocess.check_output([sys.executable, "-c", ACTIVATE], env=environment, text=True)
     assert printed.split() == ["jax", "1", "False", "False"]
-    assert (tmp_path / "out").is_dir()
+    assert not (tmp_path / "out").exists()  # nothing is written before there is something to write
 
 
 def test_activate_respects_what_the_user_has_set(monkeypatch, tmp_path):

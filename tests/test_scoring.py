@@ -1,6 +1,8 @@
 """Scorers: SCS by hand, one encoding per string, weights that are ours, the TensorFlow scorer and its twin agreeing."""
 
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,10 +10,10 @@ import pytest
 
 from promptrec.errors import InputError
 from promptrec.profiles import get_profile
-from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import (
     MiniLMScorer,
     Scorer,
+    TensorFlowT5Scorer,
     check_digest,
     check_predictions,
     get_scorer,
@@ -20,6 +22,7 @@ from promptrec.scoring import (
     score_predictions,
     scs,
 )
+from promptrec.tensorflow_t5 import SavedModelEncoder, WorkerEncoder, wants_own_process
 
 # --- the score itself
 
@@ -125,97 +128,21 @@ def test_scorers_are_found_by_name_and_loaded_once(minilm):
 
 
 @pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    """Folder in the format of sentence-transformers/sentence-t5-base: random weights, vocabulary of the shipped prompts."""
-    import sentencepiece
-    import torch
-    from safetensors.torch import save_file
-    from transformers import T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("t5-hf")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(shipped_prompts()["rewrite_prompt"].tolist()),
-        model_prefix=str(folder / "spiece"), vocab_size=400, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="relu")
-    model = T5EncoderModel(config).eval()
-    with torch.no_grad():  # fresh weights are so small that every text would look alike
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    (folder / "2_Dense").mkdir()
-    save_file({"linear.weight": torch.randn(24, 32)}, folder / "2_Dense/model.safetensors")
-    return folder
+def tensorflow_scorer(tiny_t5):
+    return get_scorer("t5-tf", str(tiny_t5.saved_model))
 
 
 @pytest.fixture(scope="module")
-def saved_model(twin, tmp_path_factory):
-    """The same weights as a TensorFlow SavedModel that tokenises within its graph, as the scorer of record does."""
-    import tensorflow as tf
-    import tensorflow_text as tf_text
-    import torch
-    from safetensors.numpy import load_file
-    from transformers import T5EncoderModel
-
-    hf = T5EncoderModel.from_pretrained(twin)
-    with torch.no_grad():
-        bias = hf.encoder.block[0].layer[0].SelfAttention.compute_bias(128, 128).numpy()  # [1, heads, 128, 128]
-    weights = {name: value.numpy() for name, value in hf.state_dict().items()}
-
-    class SentenceT5(tf.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokenizer = tf_text.SentencepieceTokenizer((twin / "spiece.model").read_bytes(), add_eos=True)
-            self.weights = {name.replace(".", "_"): tf.Variable(value) for name, value in weights.items()}
-            self.dense = tf.Variable(load_file(twin / "2_Dense/model.safetensors")["linear.weight"])
-            self.bias = tf.constant(bias)
-
-        def linear(self, x, name):
-            return tf.matmul(x, self.weights[name.replace(".", "_") + "_weight"], transpose_b=True)
-
-        def norm(self, x, name):
-            scale = self.weights[name.replace(".", "_") + "_weight"]
-            return x * tf.math.rsqrt(tf.reduce_mean(x**2, -1, keepdims=True) + 1e-6) * scale
-
-        def heads(self, x):  # [n, t, 32] -> [n, 4, t, 8]
-            return tf.transpose(tf.reshape(x, [tf.shape(x)[0], tf.shape(x)[1], 4, 8]), [0, 2, 1, 3])
-
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="x")])
-        def __call__(self, x):
-            pieces = self.tokenizer.tokenize(x)  # ragged, EOS last
-            cut = tf.concat([pieces[:, :-1][:, :127], pieces[:, -1:]], axis=1)
-            mask = tf.sequence_mask(cut.row_lengths(), dtype=tf.float32)  # [n, t]
-            hidden = tf.gather(self.weights["shared_weight"], cut.to_tensor(0))  # [n, t, 32]
-            length = tf.shape(mask)[1]
-            bias = self.bias[:, :, :length, :length] + (1 - mask[:, None, None, :]) * -1e9
-            for block in range(2):
-                at = f"encoder.block.{block}.layer"
-                y = self.norm(hidden, f"{at}.0.layer_norm")
-                q, k, v = (self.heads(self.linear(y, f"{at}.0.SelfAttention.{part}")) for part in "qkv")
-                y = tf.matmul(tf.nn.softmax(tf.matmul(q, k, transpose_b=True) + bias), v)
-                y = tf.reshape(tf.transpose(y, [0, 2, 1, 3]), tf.shape(hidden))
-                hidden += self.linear(y, f"{at}.0.SelfAttention.o")
-                y = self.linear(self.norm(hidden, f"{at}.1.layer_norm"), f"{at}.1.DenseReluDense.wi")
-                hidden += self.linear(tf.nn.relu(y), f"{at}.1.DenseReluDense.wo")
-            hidden = self.norm(hidden, "encoder.final_layer_norm")
-            pooled = tf.reduce_sum(hidden * mask[..., None], 1) / tf.reduce_sum(mask, 1, keepdims=True)
-            return [tf.math.l2_normalize(tf.matmul(pooled, self.dense, transpose_b=True), axis=-1)]
-
-    folder = tmp_path_factory.mktemp("t5-tf")
-    tf.saved_model.save(SentenceT5(), str(folder))
-    return folder
+def hugging_face_scorer(tiny_t5):
+    return get_scorer("t5-hf", str(tiny_t5.sentence_transformer))
 
 
 @pytest.fixture(scope="module")
-def tensorflow_scorer(saved_model):
-    return get_scorer("t5-tf", str(saved_model))
+def naive_twin(tiny_t5):
+    """The twin as most people load it, with its own tokenizer and length."""
+    from sentence_transformers import SentenceTransformer
 
-
-@pytest.fixture(scope="module")
-def hugging_face_scorer(twin):
-    return get_scorer("t5-hf", str(twin))
+    return SentenceTransformer(str(tiny_t5.sentence_transformer), device="cpu", local_files_only=True)
 
 
 STRINGS = [
@@ -228,6 +155,8 @@ STRINGS = [
     "Rewrite this </s> as a shanty </s>",
     "</s>",
     "<pad> <unk>",
+    "Fill <extra_id_0> in, then <extra_id_1>",
+    "",
 ]
 
 
@@ -252,6 +181,28 @@ def test_both_cut_at_128_tokens_with_the_end_mark_last(tensorflow_scorer, huggin
     ids = hugging_face_scorer.token_ids(text)
     assert len(ids) <= 128 and ids[-1] == 1
     assert hugging_face_scorer.encode([text]) == pytest.approx(tensorflow_scorer.encode([text]), abs=1e-4)
+
+
+PARTING = {"Rewrite this </s> as a shanty": "end mark", "Fill <extra_id_0> in": "sentinel", "pirate " * 200: "length"}
+
+
+def test_the_naive_twin_agrees_on_ordinary_strings(naive_twin, tensorflow_scorer):
+    ordinary = [text for text in STRINGS if "<" not in text]
+    assert naive_twin.encode(ordinary) == pytest.approx(tensorflow_scorer.encode(ordinary), abs=1e-4)
+
+
+@pytest.mark.parametrize("text", PARTING, ids=PARTING.values())
+def test_where_the_naive_twin_parts_from_the_scorer_of_record(naive_twin, tensorflow_scorer, hugging_face_scorer, text):
+    truth = tensorflow_scorer.encode([text])
+    assert np.abs(naive_twin.encode([text]) - truth).max() > 0.01
+    assert hugging_face_scorer.encode([text]) == pytest.approx(truth, abs=1e-4)
+
+
+def test_the_naive_twin_cuts_at_twice_the_length(naive_twin, tensorflow_scorer):
+    assert naive_twin.max_seq_length == 256
+    heads = ["pirate " * 150 + end for end in ("kitchen", "weather report")]
+    ours, naive = (scorer.encode(heads) for scorer in (tensorflow_scorer, naive_twin))
+    assert ours[0] == pytest.approx(ours[1], abs=1e-6) and np.abs(naive[0] - naive[1]).max() > 1e-3
 
 
 def test_what_stands_behind_the_cut_does_not_count(tensorflow_scorer, hugging_face_scorer):
@@ -319,11 +270,70 @@ def test_a_folder_without_a_saved_model_is_refused(tmp_path, monkeypatch, where)
 
 
 @pytest.mark.parametrize("needed", ["spiece.model", "config.json", "2_Dense/model.safetensors"])
-def test_a_twin_that_is_not_whole_is_refused_with_what_is_missing(twin, tmp_path, needed):
-    shutil.copytree(twin, tmp_path / "t5")
+def test_a_twin_that_is_not_whole_is_refused_with_what_is_missing(tiny_t5, tmp_path, needed):
+    shutil.copytree(tiny_t5.sentence_transformer, tmp_path / "t5")
     (tmp_path / "t5" / needed).unlink()
     with pytest.raises(InputError, match=f"{needed} is missing"):
         get_scorer("t5-hf", str(tmp_path / "t5"))
+
+
+# --- TensorFlow in a process of its own
+
+
+@pytest.fixture(scope="module")
+def worker_scorer(tiny_t5):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROMPTREC_SCORER_PROCESS", "1")
+        return TensorFlowT5Scorer(tiny_t5.saved_model)
+
+
+def test_a_worker_gives_the_same_vectors(worker_scorer, tensorflow_scorer):
+    assert isinstance(worker_scorer._encode, WorkerEncoder) and worker_scorer.exact
+    assert isinstance(tensorflow_scorer._encode, SavedModelEncoder)
+    assert (worker_scorer.encode(STRINGS) == tensorflow_scorer.encode(STRINGS)).all()
+
+
+def test_a_worker_ends_with_its_scorer(tiny_t5):
+    encoder = WorkerEncoder(tiny_t5.saved_model)
+    process = encoder.process
+    del encoder
+    assert process.returncode == 0
+
+
+def test_a_worker_passes_refusals_on_and_goes_on(tmp_path):
+    save_wrong_model(tmp_path / "model", "flat")
+    worker = WorkerEncoder(tmp_path / "model")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"returned shape \(2,\) for 2 texts"):
+            worker(["one", "two"])
+    with pytest.raises(InputError, match="not a TensorFlow SavedModel"):
+        WorkerEncoder(tmp_path)
+
+
+def test_a_worker_that_dies_says_so_in_one_line(tiny_t5):
+    worker = WorkerEncoder(tiny_t5.saved_model)
+    worker.process.kill()
+    with pytest.raises(InputError, match=r"process ended with code -9 \(") as caught:
+        worker(["one"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "initialised", "platform", "own"),
+    [
+        ("", False, "cpu", False),
+        ("", True, "cpu", True),
+        ("", False, "tpu", True),
+        ("1", False, "cpu", True),
+        ("0", True, "tpu", False),
+    ],
+)
+def test_tensorflow_makes_room_for_a_framework_with_an_accelerator(monkeypatch, asked, initialised, platform, own):
+    cuda = SimpleNamespace(is_initialized=lambda: initialised)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(default_backend=lambda: platform))
+    monkeypatch.setenv("PROMPTREC_SCORER_PROCESS", asked)
+    assert wants_own_process() is own
 
 
 # --- predictions against the truth

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from promptrec.language_model import GenerationSettings, generate, load_model, load_tokenizer
+from promptrec.profiles import model_name, override
 from promptrec.templates import REWRITE_WRAPS, chat_of, rewrite_request
+
+REWRITES = GenerationSettings(max_new_tokens=384, batch_size=16)
 
 
 @dataclass
@@ -16,11 +19,11 @@ class HuggingFaceRewriter:
     chat: str = "gemma"
     seed: int = 0
     quantise: bool = True
-    settings: GenerationSettings = field(default_factory=lambda: GenerationSettings(max_new_tokens=384, batch_size=16))
+    settings: GenerationSettings = field(default_factory=lambda: override(REWRITES))
     name: str = ""
 
     def __post_init__(self) -> None:
-        self.name = self.name or f"hf:{self.path.rstrip('/').split('/')[-1]}"
+        self.name = self.name or f"hf:{model_name(self.path)}"
         self.tokenizer = load_tokenizer(self.path)
         self.model = load_model(self.path, self.quantise)
 

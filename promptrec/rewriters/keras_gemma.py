@@ -1,35 +1,237 @@
-"""Gemma in Keras on JAX as the rewriter: the TPU path, weights sharded over however many devices there are.
+"""Gemma in Keras on JAX, the TPU path: loaded, sharded over however many devices there are, answering in batches.
 
-KERAS_BACKEND=jax must be set before Keras is imported; profiles.activate() does that.
+The rewriter stands at the end; fine-tuning (lora_keras.py) uses the rest. KERAS_BACKEND=jax must be set before Keras
+is imported; profiles.activate() does that.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from promptrec.errors import InputError
-from promptrec.profiles import attach_hint
+from promptrec.profiles import attach_hint, model_name
+from promptrec.tables import progress
 from promptrec.templates import REWRITE_WRAPS, chat_of, rewrite_request
 
 BUCKETS = (128, 256, 512, 1024)  # lengths (tokens) to which a batch is padded: one compilation each
 
+# Weight (regular expression over its path) -> axis of the mesh for each of its dimensions, and why. A LoRA factor is
+# split like the kernel it stands beside, so it never has to be gathered; what no rule names lies on every device.
+KEY_VALUE = ".*(key|value)/(kernel|lora_kernel_a)"
+LAYOUT = {
+    "token_embedding/embeddings": (
+        ("model", None),
+        "vocabulary: the logits, the largest tensor, come out split as well",
+    ),
+    ".*query/(kernel|lora_kernel_a)": (("model", None, None), "heads: each attends without the others"),
+    KEY_VALUE: (("model", None, None), "heads, where there are enough of them"),
+    ".*attention_output/(kernel|lora_kernel_a)": (("model", None, None), "heads; their sum is one all-reduce"),
+    ".*ffw_gating(_2)?/(kernel|lora_kernel_b)": ((None, "model"), "feed-forward columns: each is computed alone"),
+    ".*ffw_linear/(kernel|lora_kernel_a)": (("model", None), "feed-forward rows; their sum is one all-reduce"),
+}
+WHOLE = "small, or too few heads to share out: a copy on every device"
 
-def shard_over_devices():
-    """Spread every weight matrix over a mesh (1, devices): keras.distribution.ModelParallel, set as the default.
 
-    Gemma's own layout map splits query/key/value and the feed-forward columns over the "model" axis. Models with
-    fewer key/value heads than devices get no split of key and value, which would not divide.
+def check_preset(path: str | Path) -> None:
+    """Raise InputError, saying what to attach, unless a directory holds a Keras preset or a Hugging Face model."""
+    if not (Path(path) / "config.json").is_file():
+        hint = attach_hint(path, "check the path")
+        raise InputError(f"{path}: no Gemma preset there (config.json is missing); {hint}")
+
+
+def gemma_config(path: str | Path) -> dict:
+    """The sizes of a Gemma in Keras' words, read from the config.json of a Keras preset or a Hugging Face folder."""
+    check_preset(path)
+    raw = json.loads((Path(path) / "config.json").read_text())
+    if "config" in raw:
+        return raw["config"]
+    second = raw["model_type"] == "gemma2"
+    return {
+        "num_layers": raw["num_hidden_layers"],
+        "num_query_heads": raw["num_attention_heads"],
+        "num_key_value_heads": raw["num_key_value_heads"],
+        "head_dim": raw["head_dim"],
+        "hidden_dim": raw["hidden_size"],
+        "intermediate_dim": 2 * raw["intermediate_size"],  # Keras counts gate and up projection together
+        "vocabulary_size": raw["vocab_size"],
+        "use_post_ffw_norm": second,
+        "use_post_attention_norm": second,
+    }
+
+
+def layout_rules(config: dict, devices: int) -> dict[str, tuple[tuple, str]]:
+    """LAYOUT for a model of these sizes: key and value stay whole where their heads cannot be shared out.
+
+    Raises InputError where the devices cannot share the query heads, the feed-forward columns or the vocabulary.
+    """
+    shared = {
+        "query heads": config["num_query_heads"],
+        "feed-forward columns": config["intermediate_dim"] // 2,
+        "vocabulary entries": config["vocabulary_size"],
+    }
+    for what, count in shared.items():
+        if count % devices:
+            raise InputError(f"{devices} devices cannot share {count} {what} evenly; use fewer, or shard=False")
+    if config["num_key_value_heads"] % devices == 0:
+        return LAYOUT
+    return LAYOUT | {KEY_VALUE: ((None, None, None), WHOLE)}
+
+
+def shard_over_devices(config: dict):
+    """Spread the weights over a mesh (1, devices): keras.distribution.ModelParallel, set as the default; None on one.
+
+    Every model made afterwards is laid out as LAYOUT says, also while its weights are being read: no device ever
+    holds the whole. The batch axis has length 1, so a batch of any size will do.
     """
     import keras
-    import keras_hub
 
     devices = keras.distribution.list_devices()
+    if len(devices) == 1:
+        return None
     mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
-    layout = keras_hub.models.GemmaBackbone.get_layout_map(mesh)
+    layout = keras.distribution.LayoutMap(mesh)
+    for pattern, (axes, _) in layout_rules(config, len(devices)).items():
+        layout[pattern] = axes
     distribution = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
     keras.distribution.set_distribution(distribution)
     return distribution
+
+
+def layout_table(model) -> pd.DataFrame:
+    """Where the weights lie, one row a kind: weight, count, shape, axes, bytes_per_device, why.
+
+    Read from the arrays themselves, not from the rules; `bytes_per_device` is the sum over the kind's weights.
+    """
+    rows: dict[str, dict] = {}
+    for variable in model.weights:
+        kind = re.sub(r"decoder_block_\d+", "decoder_block_*", variable.path)
+        axes = mesh_axes(variable)
+        row = rows.setdefault(kind, {"count": 0, "shape": tuple(variable.shape), "axes": axes, "bytes_per_device": 0})
+        row["count"] += 1
+        row["bytes_per_device"] += variable.value.addressable_shards[0].data.nbytes
+        row["why"] = _reason(variable.path) if "model" in axes else WHOLE
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("weight").reset_index()
+
+
+def mesh_axes(variable) -> tuple[str, ...]:
+    """The mesh axis of each dimension of a weight, "-" where it is not split: ("model", "-", "-")."""
+    spec = tuple(getattr(variable.value.sharding, "spec", ()))
+    return tuple(axis or "-" for axis in spec) + ("-",) * (len(variable.shape) - len(spec))
+
+
+def _reason(path: str) -> str:
+    return next((why for pattern, (_, why) in LAYOUT.items() if re.fullmatch(pattern, path)), WHOLE)
+
+
+def load_gemma(path: str | Path, shard: bool = True, recompute: bool = False):
+    """(GemmaCausalLM, GemmaTokenizer) from a local preset directory, sharded where there are several devices.
+
+    bfloat16 on a TPU, else what the preset says. The model has no preprocessor: it takes and returns token ids.
+    `recompute` keeps only each block's input for the backward pass (gradient checkpointing): less memory, more time.
+    """
+    config = gemma_config(path)
+    import jax
+    import keras
+    import keras_hub
+
+    if shard:
+        shard_over_devices(config)
+    blocks = [f"decoder_block_{number}" for number in range(config["num_layers"])] if recompute else []
+    dtype = {"dtype": "bfloat16"} if jax.default_backend() == "tpu" else {}
+    with keras.RematScope("list_of_layers", layer_names=blocks) if recompute else nullcontext():
+        model = keras_hub.models.GemmaCausalLM.from_preset(str(path), **dtype)
+    tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
+    return model, tokenizer
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a full prompt, beginning-of-sequence included once (Gemma is badly wrong without it)."""
+    ids = [int(token) for token in tokenizer(text)]
+    return ids if ids[:1] == [tokenizer.start_token_id] else [tokenizer.start_token_id, *ids]
+
+
+def bucket_of(length: int) -> int:
+    """The length (tokens) to which a text of this length is padded."""
+    return next((size for size in BUCKETS if size >= length), -(-length // BUCKETS[-1]) * BUCKETS[-1])
+
+
+@dataclass(frozen=True)
+class KerasGeneration:
+    """How answers are generated: greedily, all batches of one size, so that JAX compiles once per length bucket."""
+
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+
+def generate(
+    model,
+    tokenizer,
+    requests: Sequence[str],
+    settings: KerasGeneration | None = None,
+    stop: str = "",
+    description: str = "generate",
+    on_batch: Callable[[list[int], list[str]], None] | None = None,
+    stop_after: float | None = None,
+) -> list[str]:
+    """Answers to `requests`, in their order; the contract of language_model.generate, sorted by length as there.
+
+    `stop` is a token that ends an answer (besides EOS). `on_batch(positions, answers)` is called as batches finish.
+    After `stop_after` seconds the remaining answers are empty strings.
+    """
+    settings = settings or KerasGeneration()
+    encoded = [token_ids(tokenizer, request) for request in requests]
+    order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
+    answers, started, ends = [""] * len(encoded), time.monotonic(), _ends(tokenizer, stop)
+    for start in progress(range(0, len(order), settings.batch_size), desc=description):
+        if stop_after is not None and time.monotonic() - started > stop_after:
+            break
+        positions = order[start : start + settings.batch_size]
+        texts = _generate_batch(model, tokenizer, [encoded[p] for p in positions], settings, ends)
+        for position, text in zip(positions, texts, strict=True):
+            answers[position] = text
+        if on_batch:
+            on_batch(positions, texts)
+    return answers
+
+
+def _generate_batch(model, tokenizer, rows: list[list[int]], settings: KerasGeneration, ends: list[int]) -> list[str]:
+    width = bucket_of(max(map(len, rows))) + settings.max_new_tokens
+    filled = rows + [rows[-1]] * (settings.batch_size - len(rows))  # one batch shape only
+    ids, mask = padded(filled, width)
+    output = model.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=ends)["token_ids"]  # [n, width]
+    return [
+        _answer(tokenizer, output[number, len(row) : len(row) + settings.max_new_tokens], ends)
+        for number, row in enumerate(rows)
+    ]
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and padding mask, both [n, width] int32, zeros behind each row's end."""
+    ids, mask = np.zeros((2, len(rows), width), dtype=np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    return ids, mask
+
+
+def _answer(tokenizer, ids: Sequence[int], ends: list[int]) -> str:
+    ids = [int(token) for token in ids]
+    length = next((position for position, token in enumerate(ids) if token in ends), len(ids))
+    return str(tokenizer.detokenize([ids[:length]])[0]).strip()
+
+
+def _ends(tokenizer, stop: str) -> list[int]:
+    """Token ids that end an answer: EOS, and `stop` where it is a token of its own (as <end_of_turn> is)."""
+    ids = [int(token) for token in tokenizer(stop)] if stop else []
+    return [tokenizer.end_token_id] + (ids if len(ids) == 1 else [])
 
 
 @dataclass
@@ -44,19 +246,12 @@ class KerasGemmaRewriter:
     name: str = ""
 
     def __post_init__(self) -> None:
-        directory = Path(self.path)
-        if not (directory / "config.json").is_file():
-            hint = attach_hint(self.path, "check the path")
-            raise InputError(f"{self.path}: no Gemma preset there (config.json is missing); {hint}")
+        check_preset(self.path)
         import keras
-        import keras_hub
 
-        self.name = self.name or f"keras:{directory.name}"
+        self.name = self.name or f"keras:{model_name(self.path)}"
         keras.utils.set_random_seed(self.seed)
-        if self.shard and len(keras.distribution.list_devices()) > 1:
-            shard_over_devices()
-        self.model = keras_hub.models.GemmaCausalLM.from_preset(self.path)
-        self.model.compile(sampler="greedy")
+        self.model, self.tokenizer = load_gemma(self.path, self.shard)
 
     def rewrite(self, originals: list[str], prompts: list[str]) -> list[str]:
         """One rewritten text per pair; batches share a length bucket, so JAX compiles once per bucket."""
@@ -64,36 +259,5 @@ class KerasGemmaRewriter:
             rewrite_request(original, prompt, wrap=len(original + prompt) % len(REWRITE_WRAPS))
             for original, prompt in zip(originals, prompts, strict=True)
         ]
-        lengths = [len(ids) for ids in self._token_ids(requests)]
-        answers = [""] * len(requests)
-        order = sorted(range(len(requests)), key=lambda row: lengths[row])
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            texts = self._generate([requests[row] for row in rows], max(lengths[row] for row in rows))
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-        return answers
-
-    def _generate(self, requests: list[str], longest: int) -> list[str]:
-        bucket = next((size for size in BUCKETS if size >= longest), longest)
-        padded = requests + [requests[-1]] * (self.batch_size - len(requests))  # one batch shape only
-        end = chat_of("gemma").after_model
-        outputs = self.model.generate(
-            padded, max_length=bucket + self.max_new_tokens, strip_prompt=True, stop_token_ids=self._stop_ids(end)
-        )
-        return [self._first_tokens(text.split(end)[0]) for text in outputs[: len(requests)]]
-
-    def _first_tokens(self, text: str) -> str:
-        """At most max_new_tokens of an answer: Keras counts from the bucket's end, so short requests get more."""
-        tokenizer = self.model.preprocessor.tokenizer
-        ids = [int(token) for token in tokenizer(text)]
-        if len(ids) > self.max_new_tokens:
-            text = tokenizer.detokenize([ids[: self.max_new_tokens]])[0]
-        return text.strip()
-
-    def _stop_ids(self, end: str) -> list[int]:
-        tokenizer = self.model.preprocessor.tokenizer
-        return [tokenizer.end_token_id, tokenizer.token_to_id(end)]
-
-    def _token_ids(self, texts: list[str]) -> list[list[int]]:
-        return [list(self.model.preprocessor.tokenizer(text)) for text in texts]
+        settings = KerasGeneration(self.max_new_tokens, self.batch_size)
+        return generate(self.model, self.tokenizer, requests, settings, chat_of("gemma").after_model, self.name)
