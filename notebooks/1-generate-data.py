@@ -172,7 +172,12 @@ prompts = grammar
 if profile.rewriter != "rules":
     prompts = pd.concat([grammar, written.assign(kinds="any", style="written")], ignore_index=True)
 picky = {name: style.kinds for name, style in load_grammar().styles.items() if "any" not in style.kinds}
-pd.DataFrame({"suits kinds": {name: len(kinds) for name, kinds in picky.items()}, "such as": {n: k[2:5] for n, k in picky.items()}})
+pd.DataFrame(
+    {
+        "suits kinds": {name: len(kinds) for name, kinds in picky.items()},
+        "such as": {n: k[2:5] for n, k in picky.items()},
+    }
+)
 
 # %% [markdown]
 # ## Split first: by prompt cluster

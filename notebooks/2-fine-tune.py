@@ -41,7 +41,7 @@
 
 # %%
 from promptrec.doctor import devices
-from promptrec.profiles import activate, get_profile
+from promptrec.profiles import activate, find_result, get_profile
 from promptrec.tables import versions
 
 profile = activate(get_profile())
@@ -89,7 +89,8 @@ merge = profile.name == "local"  # a merged 7B model takes 17 GB of disk and is 
 # ## The training data
 
 # %%
-data = splits.check_split(read_table(out / "training_data.csv"))
+path = find_result(profile, "training_data.csv")  # in the output folder, or attached
+data = splits.check_split(read_table(path))
 train, validation = (data[data["split"] == side] for side in ("train", "validation"))
 data.groupby("split").agg(
     rows=("id", "size"), prompts=("rewrite_prompt", "nunique"), clusters=("prompt_cluster", "nunique")
@@ -465,7 +466,7 @@ print("positions with logits:", labels.numel(), "and", int((labels[:, 1:] != -10
 del model, base, zero_shot  # make room
 gc.collect()
 started = time.time()
-path, adapter = out / "training_data.csv", out / "adapter"
+adapter = out / "adapter"
 history = finetune_file(path, adapter, profile, seed=seed, **{**changes, "time_budget": interrupt_after})
 print(f"stopped at step {history['step'].max()} of {settings.steps} after {time.time() - started:.0f} s")
 print("checkpoints:", sorted(path.name for path in (adapter / "checkpoints").glob("checkpoint-*")))

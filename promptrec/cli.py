@@ -25,7 +25,10 @@ Input = Annotated[Path, typer.Argument(help="CSV, JSONL or Parquet")]
 ProfileName = Annotated[
     str | None, typer.Option("--profile", help="local, gpu, kaggle-t4x2 or kaggle-tpu; default: detected")
 ]
-Seed = Annotated[int, typer.Option(help="seed of everything random")]
+Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
+ScorerName = Annotated[str | None, typer.Option("--scorer", help="minilm, t5-tf or t5-hf; default: the profile's")]
+ScorerModel = Annotated[str, typer.Option(help="model directory of a t5 scorer")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
@@ -124,22 +127,20 @@ def recover(
 def score(
     predictions: Input,
     truth: Input,
-    scorer: Annotated[str | None, typer.Option(help="minilm, t5-tf or t5-hf")] = None,
-    scorer_model: Annotated[str, typer.Option(help="model directory of a t5 scorer")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    scorer: ScorerName = None,
+    scorer_model: ScorerModel = "",
+    as_json: AsJson = False,
     profile: ProfileName = None,
 ) -> None:
     """Mean SCS of predictions (id, rewrite_prompt) against the truth (id, rewrite_prompt), with a bootstrap interval."""
     from promptrec.comparison import interval
-    from promptrec.scoring import get_scorer, score_predictions
+    from promptrec.scoring import score_predictions
     from promptrec.tables import read_table
 
     chosen = _activated(profile)
     needed = ["id", "rewrite_prompt"]
     tables = read_table(predictions, needed), read_table(truth, needed)
-    if scorer and not scorer_model and scorer == chosen.scorer:
-        scorer_model = chosen.scorer_model
-    judge = get_scorer(scorer, scorer_model) if scorer else get_scorer(chosen.scorer, chosen.scorer_model)
+    judge = _judge(chosen, scorer, scorer_model)
     scored = score_predictions(*tables, judge)
     mean, low, high = interval(scored["scs"].to_numpy(), scored.get("prompt_cluster", scored["rewrite_prompt"]))
     result = {"mean_scs": mean, "low": low, "high": high, "n": len(scored), "scorer": judge.name}
@@ -148,6 +149,41 @@ def score(
         if as_json
         else f"mean SCS {mean:.4f} [{low:.4f}, {high:.4f}]  n={len(scored)}  scorer: {judge.name}"
     )
+
+
+@app.command("mean-prompt")
+def mean_prompt(
+    prompts: Annotated[Path, typer.Argument(help="TXT, one prompt a line; or CSV, JSONL, Parquet with rewrite_prompt")],
+    out: Annotated[Path, typer.Option(help="TXT that the string goes to")],
+    max_tokens: Annotated[int, typer.Option(help="of the string, special tokens included")] = 128,
+    evaluations: Annotated[int, typer.Option(help="strings to encode")] = 2000,
+    level: Annotated[str, typer.Option(help="word (stays readable) or token")] = "word",
+    probes: Annotated[Path | None, typer.Option(help="table: rewrite_prompt, score (on the leaderboard)")] = None,
+    scorer: ScorerName = None,
+    scorer_model: ScorerModel = "",
+    as_json: AsJson = False,
+    profile: ProfileName = None,
+    seed: Seed = 0,
+) -> None:
+    """Search for the one string that scores best as the answer to every row; half of the prompts judge it."""
+    from promptrec.mean_prompt import mean_prompt_file, summary
+    from promptrec.token_search import SearchSettings
+
+    chosen = _activated(profile)
+    _ending(out, ".txt")
+    if out.resolve() == prompts.resolve():
+        raise InputError(f"--out {out}: is the file of the prompts; name another")
+    settings = SearchSettings(level=level, max_tokens=max_tokens, evaluations=evaluations, seed=seed)
+    found = mean_prompt_file(prompts, out, _judge(chosen, scorer, scorer_model), settings, chosen.name, probes)
+    print(json.dumps(found) if as_json else summary(found))
+
+
+def _judge(chosen, name: str | None, model: str):
+    """The scorer asked for, or the profile's; the profile's model serves where it is the same scorer."""
+    from promptrec.scoring import get_scorer
+
+    name = name or chosen.scorer
+    return get_scorer(name, model or (chosen.scorer_model if name == chosen.scorer else ""))
 
 
 def _activated(name: str | None, out: Path | None = None):

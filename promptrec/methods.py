@@ -9,7 +9,7 @@ import pandas as pd
 
 from promptrec.cleaning import clean
 from promptrec.data import load_triples, merge_triples, shipped_triples
-from promptrec.embedding import RetrievalRecoverer
+from promptrec.embedding import EmbeddingRecoverer, PredictorSettings, RetrievalRecoverer
 from promptrec.errors import InputError
 from promptrec.inference import Constant, LanguageModelRecoverer, Recoverer, best_constant, pick_shots
 from promptrec.profiles import Profile
@@ -27,7 +27,7 @@ def training_triples(more: Sequence[str | Path] = ()) -> pd.DataFrame:
 
 def default_method(profile: Profile) -> str:
     """The best method the profile can run without the user training anything: measured on held-out shipped triples."""
-    return "retrieval" if profile.rewriter == "rules" else "few-shot"
+    return "embedding" if profile.rewriter == "rules" else "few-shot"
 
 
 def make_recoverer(
@@ -53,12 +53,21 @@ def _retrieval(profile, train, adapter, seed) -> Recoverer:
     return recoverer.fit(training_triples(train))
 
 
+def _embedding(profile, train, adapter, seed) -> Recoverer:
+    bank = shipped_prompts()["rewrite_prompt"]
+    return EmbeddingRecoverer(profile_scorer(profile), bank, PredictorSettings(seed=seed)).fit(training_triples(train))
+
+
 def _prompted(shots: int) -> Callable[..., Recoverer]:
     def build(profile, train, adapter, seed) -> Recoverer:
-        from promptrec.language_model import load_model, load_tokenizer
-
         solved = _shots(profile, train, shots, seed) if shots else ()
         name = "few-shot" if shots else "zero-shot"
+        if profile.in_keras:
+            from promptrec.lora_keras import load_recoverer
+
+            return load_recoverer(profile, name, shots=solved)
+        from promptrec.language_model import load_model, load_tokenizer
+
         model, tokenizer = load_model(profile.base_model), load_tokenizer(profile.base_model)
         return LanguageModelRecoverer(model, tokenizer, name, shots=solved, chat=profile.chat)
 
@@ -72,9 +81,13 @@ def _shots(profile: Profile, train: Sequence[str | Path], count: int, seed: int)
 
 
 def _fine_tuned(profile, train, adapter, seed) -> Recoverer:
+    folder = Path(adapter) if adapter else Path(profile.out) / "adapter"
+    if profile.in_keras:
+        from promptrec.lora_keras import load_recoverer
+
+        return load_recoverer(profile, "fine-tuned", folder)
     from promptrec.lora import load_adapters
 
-    folder = Path(adapter) if adapter else Path(profile.out) / "adapter"
     model, tokenizer = load_adapters(profile.base_model, {"recovery": folder})
     return LanguageModelRecoverer(model, tokenizer, "fine-tuned", adapter="recovery", chat=profile.chat)
 
@@ -86,4 +99,5 @@ METHODS: dict[str, Callable[..., Recoverer]] = {
     "few-shot": _prompted(SHOTS),
     "fine-tuned": _fine_tuned,
     "retrieval": _retrieval,
+    "embedding": _embedding,
 }

@@ -15,7 +15,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "_config.yml", "_toc.yml", "images", "docs", "notebooks")
+SOURCES = (
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "_config.yml",
+    "_toc.yml",
+    "images",
+    "docs",
+    "notebooks",
+)
 
 
 def stage(notebooks: Path | None, folder: Path) -> None:

@@ -78,5 +78,7 @@ def test_blanks_are_filled_and_the_rest_is_kept(path):
 
 
 def test_an_answer_that_pandas_reads_as_null_is_replaced():
-    table = pd.DataFrame({"id": ["a", "b", "c"], "rewrite_prompt": ["None", "NA", "Rewrite it as a null pointer joke."]})
+    table = pd.DataFrame(
+        {"id": ["a", "b", "c"], "rewrite_prompt": ["None", "NA", "Rewrite it as a null pointer joke."]}
+    )
     assert fill_blanks(table)["rewrite_prompt"].tolist() == [FALLBACK, FALLBACK, "Rewrite it as a null pointer joke."]
