@@ -357,7 +357,7 @@ def _gradient(row: _Row):
                 ]
             stuck = 0 if better != units else stuck + 1
             units = better
-        kept = row.random.random(len(row.best)) > row.random.uniform(*map(float, __import__('os').environ.get('DROP','0.05,0.4').split(',')))
+        kept = row.random.random(len(row.best)) > row.random.uniform(0.05, 0.4)
         units = [unit for unit, keep in zip(row.best, kept, strict=True) if keep]
 
 

@@ -166,9 +166,9 @@ def test_the_gradient_is_that_of_the_objective(encoder, objective, monkeypatch):
     (vector,), (gradient,) = encoder.gradient([ids], [objective])
     assert gradient.shape == (6, 384) and objective.value(vector[None]) > 0
     step = torch.from_numpy(gradient[3] / np.linalg.norm(gradient[3]) * 1e-2)  # where it matters most
-    values = []
+    original, values = encoder._table, []
     for sign in (1, -1):
-        table = encoder._table.clone()
+        table = original.clone()
         table[ids[3]] += sign * step
         monkeypatch.setattr(encoder, "_table", table)
         values.append(float(objective.value(encoder.gradient([ids], [objective])[0])[0]))
