@@ -297,13 +297,15 @@ keep("retrieval", retrieval.recover(test), began)
 # gains over the constant it gains by recognising the *kind* of change. One advantage over the models that follow
 # should be kept in mind: it is fitted to the very embedding that scores it, they are trained to write words.
 #
-# ### Predict the embedding, then search for words that land there
+# ### Predict the embedding, then join prompts that land there
 #
 # The nearest prompt is a poor way to say what was predicted: the predicted vector itself scores far higher than the
 # prompt next to it. So the second method without a language model does both halves better. A small network is trained
 # on the cubed cosine, with every prompt near the true one hidden from it, so that it learns to place prompts that no
-# bank holds. Then bank prompts are joined, and words are exchanged, as long as the embedding of the whole text moves
-# towards the prediction. The answers read like notes, not like sentences; the scorer does not mind.
+# bank holds. Then up to five bank prompts are joined, one at a time, as long as the embedding of the whole text moves
+# towards the prediction. Such an answer says several things at once, as someone would who is not sure; the scorer,
+# which rewards being near, does not mind. (`promptrec.token_search` goes on from there word by word; that costs about
+# a second a row and is switched off here.)
 
 # %%
 began = time.time()
