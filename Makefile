@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup series test book notebooks images lint clean
+.PHONY: setup series test book notebooks images kaggle lint clean
 
 setup: $(READY)
 
@@ -35,9 +35,12 @@ notebooks: setup       ## run the series and commit-ready notebooks/*.ipynb from
 images: setup          ## redraw the diagrams
 	$(BIN)/python images/draw.py
 
+kaggle: setup          ## data set, kernels and standalone notebooks in build/kaggle: make kaggle OWNER=your-kaggle-name
+	$(BIN)/python scripts/build_kaggle.py $(if $(OWNER),--owner $(OWNER))
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs _build
+	rm -rf runs build _build

@@ -98,6 +98,19 @@ ALT = {
         a good answer at 0.89 scores 0.71, the exact prompt at 1 scores 1. The curve grows steeper to
         the right.
     """,
+    "beam-search": """
+        Three columns, each with what one step does to a short string. Greedy: every word of the
+        vocabulary is tried at the end of "rewrite this", one string is kept. Beam: drawn words are
+        appended to each of two strings, the best two of all are kept, whether they score higher or not.
+        Gradient: one backward pass ranks the words for every place of "rewrite this tale", the best few
+        strings are encoded exactly, and one is accepted only if the score rises.
+    """,
+    "recovery": """
+        Flow chart of recovery without a language model. The original and the rewritten text become
+        features; heads, which also see a bank of prompts, turn them into a posterior: a vector and
+        weights over the bank. Bank prompts are joined so that the text lands near the vector, a search
+        may go on word by word, and one string, the rewrite_prompt, comes out.
+    """,
 }
 ALT = {name: " ".join(text.split()) for name, text in ALT.items()}
 
@@ -370,6 +383,90 @@ def cos3() -> Figure:
     return figure
 
 
+def beam_search() -> Figure:
+    """One step of greedy, beam and gradient search, one column each."""
+    figure, axes = _canvas(408)
+    ink = "#8A5A00"
+    for x, title, fill, colour in (
+        (8, "Greedy", PALE_ORANGE, ink),
+        (262, "Beam", PALE_BLUE, BLUE),
+        (516, "Gradient", PALE_GREEN, DARK_GREEN),
+    ):
+        _band(axes, x, 236, title, fill, colour)
+    _chips(axes, 24, 50, ["rewrite", "this", "?"])
+    _small(axes, 126, 98, "every word of the vocabulary at the end")
+    for y, word in ((116, "zebra"), (150, "poem"), (184, "story"), (218, "the")):
+        _chips(axes, 24, y, ["rewrite", "this", word], kept=word == "story")
+    _small(axes, 126, 260, "… one string for each word, all encoded")
+    _arrow(axes, (126, 274), (126, 300))
+    _chips(axes, 24, 306, ["rewrite", "this", "story"], kept=True)
+    _small(axes, 126, 358, "a word costs as many encodings")
+    _small(axes, 126, 374, "as the vocabulary has words")
+
+    for y, start, words, best in (
+        (50, ["rewrite", "this"], ("poem", "song"), "poem"),
+        (174, ["make", "it"], ("rhyme", "loud"), "rhyme"),
+    ):
+        _chips(axes, 278, y, start)
+        for shift, word in ((38, words[0]), (72, words[1])):
+            _chips(axes, 300, y + shift, [*start, word], kept=word == best)
+            _arrow(axes, (286, y + 26), (286, y + shift + 13), (300, y + shift + 13))
+    _small(axes, 380, 161, "drawn words after each string")
+    _arrow(axes, (380, 278), (380, 300))
+    _small(axes, 380, 314, "the best of a length go on,")
+    _small(axes, 380, 330, "a rise or not")
+    _small(axes, 380, 358, "a word costs (strings kept)")
+    _small(axes, 380, 374, "× (words drawn) encodings")
+
+    ends = _chips(axes, 532, 50, ["rewrite", "this", "tale"])
+    _small(axes, 634, 92, "one backward pass ranks all words")
+    for end, words in zip(
+        ends, (("write", "turn", "reword"), ("it", "the", "text"), ("story", "poem", "prose")), strict=True
+    ):
+        for line, word in enumerate(words):
+            _text(axes, end, 112 + 16 * line, word, 10, color=INK if line == 0 else GREY)
+    _small(axes, 634, 168, "the best few, encoded exactly:")
+    for y, words in (
+        (182, ["write", "this", "tale"]),
+        (214, ["rewrite", "it", "tale"]),
+        (246, ["rewrite", "this", "story"]),
+    ):
+        _chips(axes, 532, y, words, kept=words[-1] == "story")
+    _arrow(axes, (634, 278), (634, 300))
+    _small(axes, 634, 314, "accepted only if the score rises;")
+    _small(axes, 634, 330, "also insert, delete, swap")
+    _small(axes, 634, 358, "a step costs a backward pass")
+    _small(axes, 634, 374, "and a few encodings")
+    return figure
+
+
+def recovery() -> Figure:
+    """From two texts to a string, without a language model."""
+    figure, axes = _canvas(330)
+    _title(axes, "Recovery without a language model: predict the embedding, then say it")
+    _file(axes, 16, 52, 136, 38, "original_text")
+    _file(axes, 16, 106, 136, 38, "rewritten_text")
+    _step(
+        axes, 192, 62, 150, 72, "features", "embeddings of both,", "what came and went,", "layout, style", colour=BLUE
+    )
+    _step(axes, 384, 62, 150, 72, "heads", "trained on cos³,", "one a fold of", "prompt clusters", colour=ORANGE)
+    _file(axes, 576, 56, 168, 84, "posterior", "a vector, weights over", "the bank, and the SCS", "to be expected")
+    _file(axes, 384, 166, 150, 40, "prompt bank", "with embeddings")
+    _file(axes, 16, 246, 150, 56, "rewrite_prompt", "one string a row")
+    _step(axes, 206, 238, 150, 72, "search", "word by word, along", "the gradient; optional", colour=GREEN)
+    _step(axes, 396, 238, 150, 72, "join", "up to five prompts, if", "the text comes nearer", colour=GREEN)
+    _step(axes, 586, 238, 158, 72, "choose", "the bank's prompt with", "the best expected SCS", colour=GREEN)
+    _arrow(axes, (152, 71), (172, 71), (172, 90), (192, 90))
+    _arrow(axes, (152, 125), (172, 125), (172, 106), (192, 106))
+    for start, end in (((342, 98), (384, 98)), ((534, 98), (576, 98)), ((660, 140), (660, 238))):
+        _arrow(axes, start, end)
+    _arrow(axes, (459, 166), (459, 134))
+    _arrow(axes, (534, 186), (622, 186), (622, 238))
+    for start, end in ((586, 546), (396, 356), (206, 166)):
+        _arrow(axes, (start, 274), (end, 274))
+    return figure
+
+
 DIAGRAMS = {
     "pipeline": pipeline,
     "lora": lora,
@@ -378,6 +475,8 @@ DIAGRAMS = {
     "completion-mask": completion_mask,
     "cluster-split": cluster_split,
     "cos3": cos3,
+    "beam-search": beam_search,
+    "recovery": recovery,
 }
 
 
@@ -505,6 +604,19 @@ def _tokens(axes: Axes, x: float, y: float, tokens: Sequence[str], learnt: bool)
         _text(axes, x + width / 2, y + 41, label, 9.5, family="DejaVu Sans Mono", **style)
         x += width + 5
     return x
+
+
+def _chips(axes: Axes, x: float, y: float, words: Sequence[str], kept: bool = False) -> list[float]:
+    """A string as a row of word boxes, green if it is kept; returns where each word has its middle."""
+    fill, edge = (PALE_GREEN, GREEN) if kept else ("white", "#B0B0B0")
+    middles = []
+    for word in words:
+        width = 6.4 * len(word) + 18
+        axes.add_patch(Rectangle((x, y), width, 26, facecolor=fill, edgecolor=edge, linewidth=1.8 if kept else 1))
+        _text(axes, x + width / 2, y + 13, word, 10, weight="bold" if kept else "normal")
+        middles.append(x + width / 2)
+        x += width + 5
+    return middles
 
 
 def _twins(prompts: np.ndarray, cluster: np.ndarray, split: np.ndarray) -> list[tuple[int, int]]:

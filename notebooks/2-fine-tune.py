@@ -18,7 +18,7 @@
 #
 # | | |
 # |---|---|
-# | accelerator | none (`local`: a tiny Gemma) · one CUDA GPU or 2xT4 for a 7B model |
+# | accelerator | none (`local`: a tiny Gemma) · one CUDA GPU or 2xT4 for a 7B model · on a TPU: {doc}`2-fine-tune-tpu` |
 # | time | 7 minutes on two CPU cores |
 # | reads | `training_data.csv` from {doc}`1-generate-data`, the base model |
 # | writes | `adapter/` with the LoRA weights, checkpoints and `history.csv`, and its manifest |
@@ -607,23 +607,9 @@ if merge:
 # A T4 computes in float16. Newer cards have bfloat16, which is more forgiving; torch says that a T4 has it as well, and
 # means a slow emulation. `compute_dtype` decides by the card's generation.
 #
-# **TPU v3-8, with Keras on JAX. Not part of this version:** the TPU path of Part 2. Part 1 runs there; the following
-# shows where Part 2 is going and is not run.
-#
-# ```python
-# # shown, not run
-# model = keras_hub.models.GemmaCausalLM.from_preset(profile.base_model, preprocessor=None)   # sharded, see Part 1
-# model.backbone.enable_lora(rank=16)                # Keras adapts query and value by default
-# model.compile(
-#     optimizer=keras.optimizers.AdamW(5e-5),
-#     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight"),
-# )
-# model.fit({"token_ids": ids, "padding_mask": mask}, next_ids, sample_weight=on_answer)   # 1 on the answer, else 0
-# model.backbone.save_lora_weights("adapter.lora.h5")
-# ```
-#
-# There the mask is a *sample weight*. The reduction matters: the default divides by all positions, and the loss of a
-# short answer almost vanishes.
+# **A TPU, with Keras on JAX.** The model is not quantised there but cut into eight pieces, the mask is a weight, and
+# the step is compiled once for each length. {doc}`2-fine-tune-tpu` shows it; it takes this part's place under the
+# profile `kaggle-tpu`.
 #
 # ## What was written
 

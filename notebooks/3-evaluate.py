@@ -18,7 +18,7 @@
 #
 # | | |
 # |---|---|
-# | accelerator | none (`local`) · 2xT4 for Gemma-7b-it |
+# | accelerator | none (`local`) · 2xT4 or a TPU for Gemma-7b-it |
 # | time | 2 minutes on two CPU cores |
 # | reads | `training_data.csv` ({doc}`1-generate-data`), `adapter/` ({doc}`2-fine-tune`), the base model |
 # | writes | `predictions.csv`, `scores.csv`, `comparison.csv`, `report.json`, `submission.csv` |
@@ -60,10 +60,10 @@ import pandas as pd
 
 from promptrec import data, plots, templates
 from promptrec.comparison import compare
-from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
+from promptrec.embedding import DecodingSettings, EmbeddingRecoverer, RetrievalRecoverer
+from promptrec.engines import load_engine
 from promptrec.inference import Constant, LanguageModelRecoverer, best_constant, normalise, pick_shots
-from promptrec.language_model import GenerationSettings, token_ids
-from promptrec.lora import load_adapters
+from promptrec.predictor import PredictorSettings
 from promptrec.scoring import profile_scorer
 from promptrec.submission import fill_blanks, read_test, write_submission
 from promptrec.tables import read_table, write_json, write_manifest, write_table
@@ -77,6 +77,7 @@ started = time.time()
 # * **rows**: every method answers the same fixed sample of each test set. More rows, narrower intervals, longer run.
 # * **shots**: solved examples in the few-shot request. Each costs the tokens of two texts, on every row.
 # * **retrieval_rows**: training rows that the method without a language model is fitted on.
+# * **embedding_steps**: how long each of its three heads is trained; `promptrec recover` trains five, longer.
 # * **time_budget**: Kaggle ends a session after nine hours. When a method's time is over, its remaining rows get a
 #   constant.
 
@@ -91,6 +92,7 @@ class EvaluationSettings:
     longest_shot: int = 40  # words of each text of a shot
     longest_text: int = 300  # words of each text that a model gets to see
     retrieval_rows: int = 1000
+    embedding_steps: int = 150  # of training, for each of three heads
     new_tokens: int = 32
     batch_size: int = 64
     time_budget: float = 0.0  # seconds a method; 0: none
@@ -300,18 +302,22 @@ keep("retrieval", retrieval.recover(test), began)
 # ### Predict the embedding, then join prompts that land there
 #
 # The nearest prompt is a poor way to say what was predicted: the predicted vector itself scores far higher than the
-# prompt next to it. So the second method without a language model does both halves better. A small network is trained
-# on the cubed cosine, with every prompt near the true one hidden from it, so that it learns to place prompts that no
-# bank holds. Then up to five bank prompts are joined, one at a time, as long as the embedding of the whole text moves
-# towards the prediction. Such an answer says several things at once, as someone would who is not sure; the scorer,
-# which rewards being near, does not mind. (`promptrec.token_search` goes on from there word by word; that costs about
-# a second a row and is switched off here.)
+# prompt next to it. So the second method without a language model does both halves better. A small network weighs the
+# prompts of the bank; it is trained on the cubed cosine, with every prompt near the true one hidden from it, so that it
+# learns to place prompts that no bank holds. Then up to five bank prompts are joined, one at a time, as long as the mean
+# score of the whole text under these weights rises. Such an answer says several things at once, as someone would who is
+# not sure; the scorer, which rewards being near, does not mind. {doc}`beyond/from-embedding-to-prompt` takes it apart.
 
 # %%
 began = time.time()
 is_written = train["test_set"] == "hand-written"
 written = pd.concat([train[is_written], fitted_on[fitted_on["test_set"] != "hand-written"]])
-predicted = EmbeddingRecoverer(scorer, bank=train["rewrite_prompt"]).fit(written)
+predicted = EmbeddingRecoverer(
+    scorer,
+    bank=train["rewrite_prompt"],
+    settings=PredictorSettings(folds=2, most_steps=settings.embedding_steps, seed=settings.seed),
+    decoding=DecodingSettings(tried=8),
+).fit(written)
 believed = predicted.posterior(test)
 keep("embedding", predicted.decode(believed), began)
 reached = scs(believed.vectors, scorer.encode(test["rewrite_prompt"].tolist()))
@@ -322,12 +328,13 @@ print("mean SCS of the predicted vectors themselves, which no string can be sure
 # ## Language models
 #
 # Now the models that write. The base model and the adapter of Part 2 are loaded **once**: an adapter is a small
-# addition to the weights that can be switched off, and with it off the same object is the untouched base.
+# addition to the weights that can be switched off, and with it off the same object is the untouched base. On a TPU
+# it runs in Keras, elsewhere in torch; `engine` is called the same in both.
 
 # %%
 adapter = find_result(profile, "adapter")
-model, tokenizer = load_adapters(profile.base_model, {"recovery": adapter})
-total, ours = (sum(p.numel() for n, p in model.named_parameters() if mark in n) for mark in ("", "lora_"))
+engine = load_engine(profile, adapter, settings.new_tokens, settings.batch_size, settings.seed)
+total, ours = (sum(size for name, size in engine.sizes.items() if mark in name) for mark in ("", "lora_"))
 print(f"{model_name(profile.base_model)}: the adapter is {ours:,} of {total:,} stored weights")
 
 # %% [markdown]
@@ -354,7 +361,7 @@ def padded(lengths: list[int], size: int) -> int:
 
 
 pairs = test[["original_text", "rewritten_text"]].sample(frac=1, random_state=0).to_numpy()
-lengths = [len(token_ids(tokenizer, templates.recovery_request(*pair, profile.chat))) for pair in pairs]
+lengths = [engine.length(templates.recovery_request(*pair, profile.chat)) for pair in pairs]
 for name, tokens in {"one row at a time": sum(lengths), "as they come": padded(lengths, settings.batch_size)}.items():
     print(f"{name:18} {tokens:9,} tokens")
 print(f"{'sorted':18} {padded(sorted(lengths), settings.batch_size):9,} tokens")
@@ -371,24 +378,16 @@ print(f"{'sorted':18} {padded(sorted(lengths), settings.batch_size):9,} tokens")
 # again by mistake.
 
 # %%
-generation = GenerationSettings(settings.new_tokens, settings.batch_size, seed=settings.seed)
-adapter_digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+adapter_digest = hashlib.sha256(engine.weights.read_bytes()).hexdigest()
 
 
 def language_model(name: str, rows: pd.DataFrame, **options: object) -> LanguageModelRecoverer:
     """The loaded model as a recoverer for `rows`, with a log that belongs to exactly this question."""
     texts = rows[["id", "original_text", "rewritten_text"]].to_csv()
     mark = data.text_id(texts, adapter_digest, profile.base_model, describe(settings), str(options))
-    return LanguageModelRecoverer(
-        model,
-        tokenizer,
-        name,
-        chat=profile.chat,
-        settings=generation,
-        longest_text=settings.longest_text,
-        log=out / "answers" / f"{name}-{mark}.jsonl",
-        **{"stop_after": settings.time_budget or None, **options},
-    )
+    log = out / "answers" / f"{name}-{mark}.jsonl"
+    common = {"chat": profile.chat, "longest_text": settings.longest_text, "log": log}
+    return engine.recoverer(name, **{**common, "stop_after": settings.time_budget or None, **options})
 
 
 # %% [markdown]
@@ -459,7 +458,7 @@ pd.DataFrame({"true prompt": test["rewrite_prompt"], "few-shot": answers["few-sh
 
 # %%
 began = time.time()
-fine_tuned = language_model("fine-tuned", test, adapter="recovery")
+fine_tuned = language_model("fine-tuned", test, adapted=True)
 keep("fine-tuned", fine_tuned.recover(test), began)
 pd.DataFrame({"true prompt": test["rewrite_prompt"], "fine-tuned": answers["fine-tuned"]}).sample(3, random_state=1)
 
@@ -730,7 +729,7 @@ recoverers = {
     "embedding": predicted,
     "zero-shot": language_model("zero-shot", test_file),
     "few-shot": language_model("few-shot", test_file, shots=shots),
-    "fine-tuned": language_model("fine-tuned", test_file, adapter="recovery"),
+    "fine-tuned": language_model("fine-tuned", test_file, adapted=True),
 }
 asked = test_file[whole]
 answered = asked[["id"]].assign(rewrite_prompt=recoverers[best["method"]].recover(asked))

@@ -61,22 +61,25 @@ def rewrite(
     out: Annotated[Path, typer.Option(help="JSONL log, appended; the same call resumes")],
     profile: ProfileName = None,
     batch_size: int = 64,
-    shard: Annotated[str, typer.Option(help="INDEX/COUNT")] = "0/1",
+    shard: Annotated[str | None, typer.Option(help="INDEX/COUNT, for runs started apart; not with torchrun")] = None,
     seed: Seed = 0,
 ) -> None:
     """Rewrite every row (original_text, rewrite_prompt): batched, appended, resumable."""
     from promptrec.data import text_id
+    from promptrec.distributed import first
     from promptrec.rewriting import get_rewriter, rewrite_table
     from promptrec.tables import read_table
 
+    part, chosen = _shard(shard), _together(profile)
     rows = read_table(table, required=["original_text", "rewrite_prompt"])
     if "id" not in rows:
         rows["id"] = [
             text_id(str(a), str(b)) for a, b in zip(rows["original_text"], rows["rewrite_prompt"], strict=True)
         ]
     _ending(out, ".jsonl")
-    finished = rewrite_table(rows, get_rewriter(_activated(profile), seed), out, batch_size, _shard(shard))
-    print(f"{len(finished)} of {len(rows)} rows are rewritten in {out}")
+    finished = rewrite_table(rows, get_rewriter(chosen, seed), out, batch_size, part)
+    if first():
+        print(f"{len(finished)} of {len(rows)} rows are rewritten in {out}{_by_several()}")
 
 
 @app.command()
@@ -88,12 +91,19 @@ def finetune(
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a LoRA adapter on triples; held-out prompt clusters pick the checkpoint."""
+    from promptrec.distributed import first
     from promptrec.finetuning import finetune_file
 
-    chosen = _activated(profile)
+    chosen = _together(profile)
     history = finetune_file(table, out, chosen, seed=seed, **({"steps": steps} if steps else {}))
-    best = history["scs"].max()
-    print(f"adapter in {out}; best held-out SCS {best:.3f} ({chosen.scorer}) after {int(history['step'].max())} steps")
+    scored = history["scs"].notna().any()
+    best = (
+        f"held-out SCS {history['scs'].max():.3f} ({chosen.scorer})"
+        if scored
+        else f"loss {history['eval_loss'].min():.3f}"
+    )
+    if first():
+        print(f"adapter in {out}; best {best} after {int(history['step'].max())} steps{_by_several()}")
 
 
 @app.command()
@@ -107,20 +117,28 @@ def recover(
     seed: Seed = 0,
 ) -> None:
     """Recover the prompt of each row (original_text, rewritten_text)."""
-    from promptrec.inference import check_pairs, predict_all
+    from promptrec.data import text_id
+    from promptrec.distributed import first, processes, remove_parts
+    from promptrec.inference import check_pairs, predict_shared
     from promptrec.methods import default_method, make_recoverer
     from promptrec.tables import read_table, write_manifest, write_table
 
-    chosen, started = _activated(profile), time.time()
+    chosen, started = _together(profile), time.time()
     _ending(out, ".csv", ".jsonl", ".parquet")
     rows = check_pairs(read_table(table), str(table))
     if "id" not in rows:
         rows["id"] = [str(number) for number in range(len(rows))]
     name = method or default_method(chosen)
-    predictions = predict_all([make_recoverer(name, chosen, train or (), adapter, seed)], rows)
+    recoverer = make_recoverer(name, chosen, train or (), adapter, seed)
+    run = text_id(name, chosen.name, str(seed), str(adapter), *map(str, train or ()))
+    predictions = predict_shared(recoverer, rows, out, run)
+    if not first():
+        return
     write_table(predictions, out)
-    write_manifest(out, started=started, profile=chosen.name, seed=seed, rows=len(predictions), method=name)
-    print(f"{len(predictions)} prompts recovered by {name} in {out} ({time.time() - started:.0f} s)")
+    remove_parts(out)
+    facts = {"rows": len(predictions), "method": name, **processes()}
+    write_manifest(out, started=started, profile=chosen.name, seed=seed, **facts)
+    print(f"{len(predictions)} prompts recovered by {name} in {out} ({time.time() - started:.0f} s){_by_several()}")
 
 
 @app.command()
@@ -156,7 +174,8 @@ def mean_prompt(
     prompts: Annotated[Path, typer.Argument(help="TXT, one prompt a line; or CSV, JSONL, Parquet with rewrite_prompt")],
     out: Annotated[Path, typer.Option(help="TXT that the string goes to")],
     max_tokens: Annotated[int, typer.Option(help="of the string, special tokens included")] = 128,
-    evaluations: Annotated[int, typer.Option(help="strings to encode")] = 2000,
+    evaluations: Annotated[int, typer.Option(help="strings to encode")] = 8000,
+    seconds: Annotated[float, typer.Option(help="after which the search ends all the same; 0: no limit")] = 480,
     level: Annotated[str, typer.Option(help="word (stays readable) or token")] = "word",
     probes: Annotated[Path | None, typer.Option(help="table: rewrite_prompt, score (on the leaderboard)")] = None,
     scorer: ScorerName = None,
@@ -173,7 +192,7 @@ def mean_prompt(
     _ending(out, ".txt")
     if out.resolve() == prompts.resolve():
         raise InputError(f"--out {out}: is the file of the prompts; name another")
-    settings = SearchSettings(level=level, max_tokens=max_tokens, evaluations=evaluations, seed=seed)
+    settings = SearchSettings(level=level, max_tokens=max_tokens, evaluations=evaluations, seconds=seconds, seed=seed)
     found = mean_prompt_file(prompts, out, _judge(chosen, scorer, scorer_model), settings, chosen.name, probes)
     print(json.dumps(found) if as_json else summary(found))
 
@@ -192,6 +211,23 @@ def _activated(name: str | None, out: Path | None = None):
     return activate(get_profile(name))
 
 
+def _together(name: str | None):
+    """The profile, activated, in the group of processes that a launcher started; one process has no group."""
+    from promptrec.distributed import join, world
+
+    chosen = _activated(name)
+    if chosen.in_keras and world() > 1:
+        raise InputError(f"profile {chosen.name}: one process drives all devices in Keras; start without torchrun")
+    join()
+    return chosen
+
+
+def _by_several() -> str:
+    from promptrec.distributed import world
+
+    return f" by {world()} processes" if world() > 1 else ""
+
+
 def _ending(path: Path, *endings: str) -> None:
     if path.suffix not in endings:
         raise InputError(f"--out {path}: name a file ending in {' or '.join(endings)}")
@@ -199,7 +235,13 @@ def _ending(path: Path, *endings: str) -> None:
         raise InputError(f"--out {path}: is a folder; name a file")
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _shard(text: str | None) -> tuple[int, int] | None:
+    from promptrec.distributed import world
+
+    if text is None:
+        return None
+    if world() > 1:
+        raise InputError("--shard is for runs started apart; the processes of torchrun share the rows by themselves")
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise InputError(f"--shard {text!r}: write INDEX/COUNT with INDEX below COUNT, such as 0/4")
@@ -214,6 +256,7 @@ def main() -> None:
     """Entry point: wrong input becomes one line and exit code 2, never a traceback."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        _leave_group()
     except InputError as error:
         _leave(str(error))
     except USAGE_ERROR as error:
@@ -226,6 +269,11 @@ def main() -> None:
         code = 130
     if code == 130:
         _leave("stopped; finished rows are kept, the same command goes on from there", code=130)
+
+
+def _leave_group() -> None:
+    if (distributed := sys.modules.get("promptrec.distributed")) is not None:
+        distributed.leave()
 
 
 def _leave(message: str, code: int = 2) -> NoReturn:

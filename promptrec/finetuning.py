@@ -10,6 +10,7 @@ import pandas as pd
 
 from promptrec.cleaning import clean
 from promptrec.data import load_triples
+from promptrec.distributed import first, from_first, processes
 from promptrec.errors import InputError
 from promptrec.inference import held_out_scs
 from promptrec.profiles import Profile, model_name, override
@@ -34,7 +35,7 @@ def trainer_for(profile: Profile, watched: pd.DataFrame, scorer: Scorer) -> tupl
     if profile.in_keras:
         from promptrec import lora_keras
 
-        return lora_keras.finetune, lora_keras.held_out_scs(watched, scorer, profile.chat)
+        return lora_keras.finetune, held_out_scs(watched, scorer, profile.chat, recoverer=lora_keras.KerasRecoverer)
     from promptrec.language_model import GenerationSettings
     from promptrec.lora import finetune
 
@@ -50,7 +51,7 @@ def finetune_file(
     original is on two sides; others are cleaned, clustered and split here.
     """
     scorer, settings, started = profile_scorer(profile), settings_for(profile, seed=seed, **changes), time.time()
-    table = split_triples(path, scorer)
+    table = from_first(lambda: split_triples(path, scorer))
     train, validation = (table[table["split"] == split] for split in ("train", "validation"))
     if train.empty or validation.empty:
         raise InputError(
@@ -59,6 +60,8 @@ def finetune_file(
     watched = validation.sample(min(len(validation), settings.validation_rows), random_state=seed)
     finetune, measure = trainer_for(profile, watched, scorer)
     history = finetune(train, watched, profile.base_model, out, settings, profile.chat, measure)
+    if not first():
+        return history
     write_manifest(
         Path(out),
         started=started,
@@ -69,6 +72,7 @@ def finetune_file(
         base_model=model_name(profile.base_model),
         scorer=scorer.name,
         best_scs=float(history["scs"].max()),
+        **processes(),
     )
     return history
 

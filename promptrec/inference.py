@@ -7,7 +7,7 @@ main way stand beside this module and meet it in that contract.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,13 +16,16 @@ import numpy as np
 import pandas as pd
 
 from promptrec.cleaning import strip_lead_in
-from promptrec.data import check_cells
+from promptrec.data import check_cells, text_id
+from promptrec.distributed import gather, own_file, part_files, read_finished, share, world
 from promptrec.errors import InputError
 from promptrec.scoring import Scorer, scs
 from promptrec.submission import FALLBACK
 from promptrec.tables import append_jsonl, read_jsonl, require_columns
 
 NEEDED = ("original_text", "rewritten_text")
+PART_FIELDS = ("rewrite_prompt", "method", "texts", "run")  # of a row in a process's own file
+CURRENT = "(current)"  # a recoverer's adapter: the weights as they are, in the middle of training
 LONGEST_ANSWER = 60  # words; a longer answer is a model that goes on talking
 _OPENING = re.compile(
     r"^(?:the |this )?(?:rewrite |original )?(?:prompt|instruction|answer)(?: was| is)?\s*[:\-]\s*", re.IGNORECASE
@@ -81,7 +84,7 @@ def best_constant(prompts: Sequence[str], scorer: Scorer, candidates: Sequence[s
 class LanguageModelRecoverer:
     """A causal LM asked for the prompt: zero-shot, with `shots` solved examples, or with a LoRA adapter active.
 
-    Load it with `from_profile_model`; `adapter` is a key of the model's adapters, or None to switch them off.
+    `adapter` is a key of the model's adapters, None to switch them off, or CURRENT for the model as it is.
     """
 
     model: object
@@ -115,14 +118,18 @@ class LanguageModelRecoverer:
         return [recovery_request(original, rewritten, self.chat, self.shots) for original, rewritten in pairs]
 
     def _answer(self, requests: list[str], ids: list[str]) -> list[str]:
-        from promptrec.language_model import GenerationSettings, generate
-        from promptrec.templates import chat_of
-
         def keep(positions, texts):
             if self.log:
                 append_jsonl(
                     self.log, [{"id": ids[p], "answer": text} for p, text in zip(positions, texts, strict=True)]
                 )
+
+        return self._generate(requests, keep)
+
+    def _generate(self, requests: list[str], keep: Callable[[list[int], list[str]], None]) -> list[str]:
+        """Raw answers, in order; `keep(positions, answers)` is called as batches finish. Another engine overrides this."""
+        from promptrec.language_model import GenerationSettings, generate
+        from promptrec.templates import chat_of
 
         with self._active():
             return generate(
@@ -140,7 +147,7 @@ class LanguageModelRecoverer:
         """The model with this recoverer's adapter switched on, or with all adapters off."""
         from contextlib import nullcontext
 
-        if not hasattr(self.model, "disable_adapter"):
+        if self.adapter == CURRENT or not hasattr(self.model, "disable_adapter"):
             return nullcontext()
         if self.adapter is None:
             return self.model.disable_adapter()
@@ -185,18 +192,49 @@ def predict_all(recoverers: Sequence[Recoverer], table: pd.DataFrame) -> pd.Data
     return pd.concat(parts, ignore_index=True)
 
 
-def held_out_scs(validation: pd.DataFrame, scorer: Scorer, chat: str = "gemma", settings: object = None):
-    """function(model, tokenizer) -> mean SCS of greedy answers on the validation rows: what picks the best checkpoint."""
-    truth = scorer.encode(validation["rewrite_prompt"].tolist())
+def predict_shared(
+    recoverer: Recoverer, table: pd.DataFrame, out: str | Path, run: str, rows: int = 256
+) -> pd.DataFrame:
+    """predict_all of one recoverer by all processes of this run, which each answer their share.
+
+    Several processes append every `rows` answers to files beside `out`; found there after a kill, also by fewer
+    processes, they are not asked again. `run` says what else an answer depends on (method, seed, adapter); answers of
+    another run are refused (InputError). Every process gets all predictions, in the order of `table`.
+    """
+    texts = [text_id(*pair) for pair in table[list(NEEDED)].itertuples(index=False)]
+    expected = {row: {"texts": text, "run": run} for row, text in zip(table["id"], texts, strict=True)}
+    done = read_finished(part_files(out), expected, PART_FIELDS, ("recovery", "answered"))
+    todo = share(table)
+    todo = todo[~todo["id"].isin(done)]
+    size = rows if world() > 1 else max(1, len(todo))
+    for start in range(0, len(todo), size):
+        answered = predict_all([recoverer], todo.iloc[start : start + size]).to_dict("records")
+        answered = [row | expected[row["id"]] for row in answered]
+        if world() > 1:
+            append_jsonl(own_file(out), answered)
+        done |= {row["id"]: row for row in answered}
+    done = {row["id"]: row for row in gather(list(done.values()))}
+    return pd.DataFrame([done[row] for row in table["id"]])[["id", "rewrite_prompt", "method"]]
+
+
+def held_out_scs(
+    validation: pd.DataFrame,
+    scorer: Scorer,
+    chat: str = "gemma",
+    settings: object = None,
+    recoverer: type[LanguageModelRecoverer] = LanguageModelRecoverer,
+) -> Callable[[object, object], float]:
+    """function(model, tokenizer) -> mean SCS of greedy answers on the validation rows: what picks the best checkpoint.
+
+    Several processes answer a share of the rows each and all get the mean over all rows: none waits for the first one
+    to answer them all, and all keep the same checkpoint.
+    """
+    rows = share(validation)
+    truth = scorer.encode(rows["rewrite_prompt"].tolist())
 
     def measure(model, tokenizer) -> float:
-        was_training = model.training
-        model.eval()
-        recoverer = LanguageModelRecoverer(
-            model, tokenizer, "validation", adapter=model.active_adapter, chat=chat, settings=settings
-        )
-        answers = recoverer.recover(validation.drop(columns="rewrite_prompt"))
-        model.train(was_training)
-        return float(scs(scorer.encode(answers), truth).mean())
+        asked = recoverer(model, tokenizer, "validation", adapter=CURRENT, chat=chat, settings=settings)
+        answers = asked.recover(rows.drop(columns="rewrite_prompt")) if len(rows) else []
+        return float(np.mean(gather(scs(scorer.encode(answers), truth).tolist())))
 
     return measure

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from promptrec.distributed import local_rank, sharded, world
 from promptrec.errors import InputError
 from promptrec.profiles import ASSETS, attach_hint
 from promptrec.tables import check_digest, progress
@@ -40,12 +41,17 @@ def compute_dtype() -> torch.dtype:
 
 
 def nf4_config() -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation (Dettmers et al., QLoRA, 2023)."""
+    """4-bit NormalFloat with double quantisation (Dettmers et al., QLoRA, 2023).
+
+    FSDP shares out floating-point tensors only: for it the 4-bit values lie in tensors of the compute type.
+    """
+    storage = {"bnb_4bit_quant_storage": compute_dtype()} if sharded() else {}
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype(),
+        **storage,
     )
 
 
@@ -79,11 +85,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str | Path, quantise: bool = True) -> PreTrainedModel:
-    """A causal LM for inference or as a base for adapters, spread over the GPUs there are; safetensors only."""
+    """A causal LM for inference or as a base for adapters; safetensors only.
+
+    One process spreads it over the GPUs there are; of several, each has it on its own GPU.
+    """
     check_model_directory(path)
     options = {"quantization_config": nf4_config()} if quantise else {}
     if torch.cuda.is_available():
-        options["device_map"] = "balanced" if torch.cuda.device_count() > 1 else {"": 0}
+        alone = world() == 1 and torch.cuda.device_count() > 1
+        options["device_map"] = "balanced" if alone else {"": local_rank()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False, **options
@@ -107,11 +117,14 @@ class GenerationSettings:
     seed: int = 0
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a full prompt, beginning-of-sequence included once (Gemma is badly wrong without it)."""
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin: bool = True) -> list[int]:
+    """Ids of a full prompt, beginning-of-sequence included once (Gemma is badly wrong without it).
+
+    `begin` = False: of a text that goes on from another, as an answer does.
+    """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    return ids if not begin or bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def generate(

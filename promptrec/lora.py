@@ -8,29 +8,27 @@ the highest SCS on held-out prompt clusters, not the one with the lowest loss.
 from __future__ import annotations
 
 import gc
-import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch.nn import functional as F
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 
-from promptrec.data import check_cells, text_id
+from promptrec.distributed import barrier, first, from_first, sharded
 from promptrec.errors import InputError
-from promptrec.language_model import compute_dtype, load_model, load_tokenizer, stop_ids, token_ids
-from promptrec.profiles import model_name
-from promptrec.tables import full_disk_named, read_table, require_columns, write_json, write_table
-from promptrec.templates import chat_of, recovery_answer, recovery_request
+from promptrec.language_model import load_model, load_tokenizer, stop_ids, token_ids
+from promptrec.sft_trainer import AnswerOnlyTrainer, TimeBudget, last_checkpoint, training_arguments, training_history
+from promptrec.tables import full_disk_named, read_table, write_table
+from promptrec.templates import chat_of
+from promptrec.training_run import check_training, claim_folder, fit_texts
 
+ADAPTER = "adapter_model.safetensors"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -87,34 +85,15 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, row: pd.Series, chat: str, ma
 
     Texts too long for `max_tokens` are shortened word by word from their ends; the answer is never cut.
     """
-    answer = tokenizer(recovery_answer(row["rewrite_prompt"], chat), add_special_tokens=False)["input_ids"]
-    original, rewritten = row["original_text"], row["rewritten_text"]
-    request = token_ids(tokenizer, recovery_request(original, rewritten, chat))
-    while len(request) + len(answer) > max_tokens:
-        share = (max_tokens - len(answer)) / len(request) * 0.95
-        if share <= 0.05:
-            raise InputError(
-                f"max_tokens={max_tokens} leaves no room for the texts beside an answer of {len(answer)} tokens"
-            )
-        original, rewritten = (shorten(text, share) for text in (original, rewritten))
-        request = token_ids(tokenizer, recovery_request(original, rewritten, chat))
+    request, answer = fit_texts(row, chat, partial(token_ids, tokenizer), max_tokens)
     return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
-
-
-def shorten(text: str, share: float) -> str:
-    """The first `share` of a text's words, at least one."""
-    words = text.split(" ")
-    return " ".join(words[: max(1, int(len(words) * share))])
 
 
 def encode_table(tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, chat: str, max_tokens: int) -> Dataset:
     """All rows encoded. Raises InputError for missing columns, blank cells or an unfit tokenizer; no row is dropped."""
-    columns = ["original_text", "rewrite_prompt", "rewritten_text"]
-    require_columns(table, columns, "training data")
-    check_cells(table.reset_index(drop=True), columns, "training data")
+    check_training(table)
     stop_ids(tokenizer, chat_of(chat).after_model)
-    rows = [encode_row(tokenizer, row, chat, max_tokens) for _, row in table.iterrows()]
-    return Dataset.from_list(rows)
+    return Dataset.from_list([encode_row(tokenizer, row, chat, max_tokens) for _, row in table.iterrows()])
 
 
 def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -166,72 +145,6 @@ def answer_loss(
     return total / (count if count is not None else answered.sum())
 
 
-class LengthGroupedSampler(Sampler):
-    """Shuffled rows whose batches hold texts of similar length, so that little is spent on padding.
-
-    The order depends on (seed, epoch) alone; a run resumed in its third epoch sees the rows as the uninterrupted one.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 16) -> None:
-        self.lengths, self.batch_size, self.seed, self.pool, self.epoch = np.asarray(lengths), batch_size, seed, pool, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order, size = rng.permutation(len(self.lengths)), self.batch_size * self.pool
-        pools = [order[start : start + size] for start in range(0, len(order), size)]
-        ordered = np.concatenate([pool[np.argsort(-self.lengths[pool], kind="stable")] for pool in pools])
-        batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
-        full = len(self.lengths) // self.batch_size  # a last, shorter batch stays last
-        order = [*rng.permutation(full), *range(full, len(batches))]
-        return iter(np.concatenate([batches[number] for number in order]).tolist())
-
-
-class AnswerOnlyTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the answer-only loss and SCS on held-out prompts as an evaluation metric."""
-
-    def __init__(self, *args, held_out_scs: Callable[[PreTrainedModel], float] | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.held_out_scs = held_out_scs
-        self.model_accepts_loss_kwargs = True  # num_items_in_batch reaches compute_loss
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = answer_loss(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        super(SFTTrainer, self).log(logs, *args, **kwargs)  # SFTTrainer's own adds metrics from whole-sequence logits
-
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, **kwargs)
-        if self.held_out_scs is not None:
-            metrics["eval_scs"] = self.held_out_scs(self.model)
-            self.log({"eval_scs": metrics["eval_scs"]})
-        return metrics
-
-
-class TimeBudget(TrainerCallback):
-    """Stops training, after saving, before a notebook session is cut off."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.started = seconds, time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.seconds and time.monotonic() - self.started > self.seconds:
-            control.should_save = control.should_evaluate = control.should_training_stop = True
-        return control
-
-
 def finetune(
     train: pd.DataFrame,
     validation: pd.DataFrame,
@@ -243,12 +156,16 @@ def finetune(
 ) -> pd.DataFrame:
     """Fine-tune and save the best adapter (peft format) in `out`; returns the history: step, loss, eval_loss, scs, learning_rate.
 
+    The processes of a launcher train together (DDP, FSDP or ZeRO). Their steps see the rows that one process would see,
+    but for those that fill up an epoch's last batches.
+
     Checkpoints lie in `out`/checkpoints; started again with the same `out`, training goes on from the last one.
     A finished run is not repeated; a folder that holds a run with other settings or data is refused (InputError).
-    `held_out_scs(model, tokenizer)` is called at every evaluation; without it the lowest loss decides.
+    `held_out_scs(model, tokenizer)` is called at every evaluation; without it, or where the weights are sharded (FSDP:
+    a process cannot generate alone), the lowest loss decides.
     """
     settings, out = settings or LoraSettings(), Path(out)
-    if claim_folder(out, settings, train, base_model):
+    if from_first(lambda: claim_folder(out, settings, train, base_model, ADAPTER)):
         return read_table(out / "history.csv")
     set_seed(settings.seed)
     tokenizer = load_tokenizer(base_model)
@@ -257,100 +174,38 @@ def finetune(
         for name, table in (("train", train), ("eval", validation))
     }
     model = attach_adapter(load_model(base_model, settings.quantise), settings)
-    score = (lambda current: held_out_scs(current, tokenizer)) if held_out_scs else None
+    score = (lambda current: held_out_scs(current, tokenizer)) if held_out_scs and not sharded() else None
     trainer = AnswerOnlyTrainer(
         model=model,
         args=training_arguments(settings, out / "checkpoints", by_scs=score is not None),
+        rows_a_group=settings.batch_size,
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         processing_class=tokenizer,
+        loss=answer_loss,
         held_out_scs=score,
         callbacks=[TimeBudget(settings.time_budget)],
     )
     adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # the history holds the log
     with full_disk_named(out):
-        trainer.train(resume_from_checkpoint=last_checkpoint(out / "checkpoints"))
-        trainer.model.save_pretrained(out, safe_serialization=True)
-        tokenizer.save_pretrained(out)
+        trainer.train(resume_from_checkpoint=from_first(lambda: last_checkpoint(out / "checkpoints")))
         history = training_history(trainer.state.log_history)
-        write_table(history, out / "history.csv")
+        save_run(trainer, tokenizer, history, out)
     del trainer, model  # a notebook loads the model again: free a single card's memory first
     gc.collect()
     torch.cuda.empty_cache()
     return history
 
 
-def claim_folder(out: Path, settings: LoraSettings, train: pd.DataFrame, base_model: str | Path) -> bool:
-    """Mark `out` as belonging to this run; True when the run is finished there already.
-
-    Raises InputError when the folder belongs to another run: mixing two would resume one with the other's settings.
-    """
-    lasting = {key: value for key, value in asdict(settings).items() if key not in ("time_budget", "report_to")}
-    digest = text_id(*train[["original_text", "rewrite_prompt", "rewritten_text"]].to_numpy().ravel())
-    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": model_name(base_model)}))
-    mark = out / "run.json"
-    if mark.is_file() and (found := json.loads(mark.read_text())) != run:
-        differs = [key for key in run if found.get(key) != run[key]]
-        raise InputError(f"{out}: this folder holds a run with other {', '.join(differs)}; name a new one or remove it")
-    write_json(run, mark)
-    if not (out / "history.csv").is_file() or not (out / "adapter_model.safetensors").is_file():
-        return False
-    return int(read_table(out / "history.csv")["step"].max()) >= settings.steps
-
-
-def training_arguments(settings: LoraSettings, folder: Path, by_scs: bool = True) -> SFTConfig:
-    """The settings in the trainer's terms."""
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=int(settings.warmup * settings.steps),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        max_grad_norm=settings.clip,
-        optim=settings.optimizer,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        eval_strategy="steps",
-        save_strategy="steps",
-        logging_steps=max(1, settings.evaluate_every // 5),
-        eval_steps=settings.evaluate_every,
-        save_steps=settings.evaluate_every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_scs" if by_scs else "eval_loss",
-        greater_is_better=by_scs,
-        use_cpu=not on_gpu,
-        fp16=on_gpu and compute_dtype() == torch.float16,
-        bf16=on_gpu and compute_dtype() == torch.bfloat16,
-        report_to=settings.report_to,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        disable_tqdm=True,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-    )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint, or None. A checkpoint is complete once its trainer state is written (last)."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def training_history(log: Sequence[dict]) -> pd.DataFrame:
-    """The trainer's log as one row a step: step, loss, eval_loss, scs, learning_rate (NaN where not measured)."""
-    names = {"loss": "loss", "eval_loss": "eval_loss", "eval_scs": "scs", "learning_rate": "learning_rate"}
-    rows: dict[int, dict] = {}
-    for entry in log:
-        rows.setdefault(entry["step"], {}).update({ours: entry[key] for key, ours in names.items() if key in entry})
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(names.values())).sort_index()
-    return table.rename_axis("step").reset_index().astype({"step": np.int64})
+def save_run(trainer: AnswerOnlyTrainer, tokenizer: PreTrainedTokenizerBase, history: pd.DataFrame, out: Path) -> None:
+    """Write adapter, tokenizer and history from the first process; sharded weights are gathered from all of them."""
+    state = trainer.accelerator.get_state_dict(trainer.model) if sharded() else None
+    if first():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out, state_dict=state, safe_serialization=True)
+        tokenizer.save_pretrained(out)
+        write_table(history, out / "history.csv")
+    barrier()
 
 
 def load_adapters(
@@ -358,10 +213,8 @@ def load_adapters(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A base with several named adapters, the first one active; switch with model.set_adapter(name)."""
     for name, path in adapters.items():
-        if not (Path(path) / "adapter_model.safetensors").is_file():
-            raise InputError(
-                f"adapter {name}: {path} has no adapter_model.safetensors; run Part 2 (promptrec finetune) or attach one"
-            )
+        if not (Path(path) / ADAPTER).is_file():
+            raise InputError(f"adapter {name}: {path} has no {ADAPTER}; run Part 2 (promptrec finetune) or attach one")
     (first, path), *others = adapters.items()
     model = PeftModel.from_pretrained(load_model(base_model, quantise), str(path), adapter_name=first)
     for name, other in others:

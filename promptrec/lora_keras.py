@@ -12,27 +12,31 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import count, islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from promptrec.data import check_cells, text_id
 from promptrec.errors import InputError
-from promptrec.inference import LanguageModelRecoverer
-from promptrec.profiles import Profile, model_name
-from promptrec.rewriters.keras_gemma import KerasGeneration, bucket_of, generate, load_gemma, padded, token_ids
-from promptrec.scoring import Scorer, scs
-from promptrec.tables import append_jsonl, read_table, require_columns, write_json, write_table
-from promptrec.templates import chat_of, recovery_answer, recovery_request
+from promptrec.inference import CURRENT, LanguageModelRecoverer
+from promptrec.keras_batches import Encoded, batch_of, epoch_of, training_batches
+from promptrec.profiles import Profile
+from promptrec.rewriters.keras_gemma import (
+    KerasGeneration,
+    end_ids,
+    generate,
+    load_gemma,
+    token_ids,
+)
+from promptrec.tables import full_disk_named, read_table, write_json, write_table
+from promptrec.templates import chat_of
+from promptrec.training_run import check_training, claim_folder, fit_texts
 
 ALL_LINEAR = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 ADAPTER = "adapter.lora.h5"
-CURRENT = "current"  # a recoverer's adapter: the weights as they are, in the middle of training
-COLUMNS = ["original_text", "rewrite_prompt", "rewritten_text"]
 
 
 @dataclass(frozen=True)
@@ -66,72 +70,17 @@ class KerasLoraSettings:
 V3_8 = KerasLoraSettings(time_budget=8.0 * 3600)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One triple as token ids; the answer begins at position `answer`, and only from there on the loss counts."""
-
-    ids: tuple[int, ...]
-    answer: int
-
-
 def encode_row(tokenizer, row: pd.Series, chat: str, max_tokens: int) -> Encoded:
     """Request and answer of one triple. Texts too long for `max_tokens` lose words at their ends; the answer none."""
-    answer = [int(token) for token in tokenizer(recovery_answer(row["rewrite_prompt"], chat))]
-    original, rewritten = row["original_text"], row["rewritten_text"]
-    request = token_ids(tokenizer, recovery_request(original, rewritten, chat))
-    while len(request) + len(answer) > max_tokens:
-        share = (max_tokens - len(answer)) / len(request) * 0.95
-        if share <= 0.05:
-            raise InputError(
-                f"max_tokens={max_tokens} leaves no room for the texts beside an answer of {len(answer)} tokens"
-            )
-        original, rewritten = (_shortened(text, share) for text in (original, rewritten))
-        request = token_ids(tokenizer, recovery_request(original, rewritten, chat))
+    request, answer = fit_texts(row, chat, partial(token_ids, tokenizer), max_tokens)
     return Encoded((*request, *answer), len(request))
 
 
-def _shortened(text: str, share: float) -> str:
-    words = text.split(" ")
-    return " ".join(words[: max(1, int(len(words) * share))])
-
-
 def encode_table(tokenizer, table: pd.DataFrame, chat: str, max_tokens: int) -> list[Encoded]:
-    """All rows encoded. Raises InputError for missing columns or blank cells; no row is dropped silently."""
-    require_columns(table, COLUMNS, "training data")
-    check_cells(table.reset_index(drop=True), COLUMNS, "training data")
+    """All rows encoded. Raises InputError for missing columns, blank cells or an unfit tokenizer; no row is dropped."""
+    check_training(table)
+    end_ids(tokenizer, chat_of(chat).after_model)
     return [encode_row(tokenizer, row, chat, max_tokens) for _, row in table.iterrows()]
-
-
-def batch_of(rows: Sequence[Encoded], size: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """(inputs, next token ids, weights), each [size, bucket]: weight 1 where the next token belongs to an answer.
-
-    A short batch is filled up with rows of weight 0, so that its shape is one that is compiled already.
-    """
-    width = bucket_of(max(len(row.ids) for row in rows) - 1)
-    filled = [*rows, *[rows[0]] * (size - len(rows))]
-    ids, mask = padded([row.ids[:-1] for row in filled], width)
-    following, _ = padded([row.ids[1:] for row in filled], width)
-    weights = np.zeros((size, width), dtype=np.float32)
-    for number, row in enumerate(rows):
-        weights[number, row.answer - 1 : len(row.ids) - 1] = 1
-    return {"token_ids": ids, "padding_mask": mask}, following, weights
-
-
-def epoch_of(rows: Sequence[Encoded], size: int, rng: np.random.Generator | None = None) -> list[list[Encoded]]:
-    """Every row once, in batches of rows of one bucket; shuffled where there is an `rng`."""
-    order = range(len(rows)) if rng is None else rng.permutation(len(rows))
-    buckets: dict[int, list[Encoded]] = {}
-    for number in order:
-        buckets.setdefault(bucket_of(len(rows[number].ids) - 1), []).append(rows[number])
-    batches = [bucket[start : start + size] for bucket in buckets.values() for start in range(0, len(bucket), size)]
-    return batches if rng is None else [batches[number] for number in rng.permutation(len(batches))]
-
-
-def training_batches(rows: Sequence[Encoded], size: int, seed: int, start: int, stop: int) -> Iterator[tuple]:
-    """Batches number `start` to `stop`. They depend on (seed, epoch) alone, wherever a run was interrupted."""
-    endless = (batch for epoch in count() for batch in epoch_of(rows, size, np.random.default_rng([seed, epoch])))
-    for batch in islice(endless, start, stop):
-        yield batch_of(batch, size)
 
 
 def attach_lora(model, settings: KerasLoraSettings) -> None:
@@ -192,7 +141,7 @@ def finetune(
     `held_out_scs(model, tokenizer)` is called at every evaluation; without it the lowest loss decides.
     """
     settings, out, started = settings or KerasLoraSettings(), Path(out), time.monotonic()
-    if claim_folder(out, settings, train, base_model):
+    if claim_folder(out, settings, train, base_model, ADAPTER):
         return read_table(out / "history.csv")
     model, tokenizer = load_gemma(base_model, shard, settings.gradient_checkpointing)
     attach_lora(model, settings)
@@ -200,42 +149,25 @@ def finetune(
     rows, watched = (encode_table(tokenizer, table, chat, settings.max_tokens) for table in (train, validation))
     history = restore(model, out / "checkpoints")
     deadline = started + (settings.time_budget or math.inf)
-    while (step := steps_done(model)) < settings.steps and (not history or time.monotonic() < deadline):
-        stop = min(step - step % settings.evaluate_every + settings.evaluate_every, settings.steps)
-        loss = fit(model, rows, settings, step, stop, deadline)
-        history.append(
-            {
-                "step": steps_done(model),
-                "loss": loss,
-                "eval_loss": evaluate(model, watched, settings.batch_size),
-                "scs": held_out_scs(model, tokenizer) if held_out_scs else None,
-                "learning_rate": float(np.asarray(model.optimizer.learning_rate)),
-            }
-        )
-        if is_best(history):
-            save_adapter(model, out / ADAPTER)
-        save_checkpoint(model, out / "checkpoints", history)
-    table = pd.DataFrame(history).astype({"step": np.int64, "scs": float})
-    write_table(table, out / "history.csv")
+    with full_disk_named(out):
+        while (step := steps_done(model)) < settings.steps and (not history or time.monotonic() < deadline):
+            stop = min(step - step % settings.evaluate_every + settings.evaluate_every, settings.steps)
+            loss = fit(model, rows, settings, step, stop, deadline)
+            history.append(
+                {
+                    "step": steps_done(model),
+                    "loss": loss,
+                    "eval_loss": evaluate(model, watched, settings.batch_size),
+                    "scs": held_out_scs(model, tokenizer) if held_out_scs else None,
+                    "learning_rate": float(np.asarray(model.optimizer.learning_rate)),
+                }
+            )
+            if is_best(history):
+                save_adapter(model, out / ADAPTER)
+            save_checkpoint(model, out / "checkpoints", history)
+        table = pd.DataFrame(history).astype({"step": np.int64, "scs": float})
+        write_table(table, out / "history.csv")
     return table
-
-
-def claim_folder(out: Path, settings: KerasLoraSettings, train: pd.DataFrame, base_model: str | Path) -> bool:
-    """Mark `out` as belonging to this run (run.json); True when the run is finished there already.
-
-    Raises InputError when the folder belongs to another run: mixing two would resume one with the other's settings.
-    """
-    lasting = {key: value for key, value in asdict(settings).items() if key != "time_budget"}
-    digest = text_id(*train[COLUMNS].to_numpy().ravel())
-    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": model_name(base_model)}))
-    mark = out / "run.json"
-    if mark.is_file() and (found := json.loads(mark.read_text())) != run:
-        differs = [key for key in run if found.get(key) != run[key]]
-        raise InputError(f"{out}: this folder holds a run with other {', '.join(differs)}; name a new one or remove it")
-    write_json(run, mark)
-    if not (out / "history.csv").is_file() or not (out / ADAPTER).is_file():
-        return False
-    return int(read_table(out / "history.csv")["step"].max()) >= settings.steps
 
 
 def steps_done(model) -> int:
@@ -374,13 +306,7 @@ class KerasRecoverer(LanguageModelRecoverer):
     Recoverers may share one model; each puts its adapter in before it answers.
     """
 
-    def _answer(self, requests: list[str], ids: list[str]) -> list[str]:
-        def keep(positions, texts):
-            if self.log:
-                append_jsonl(
-                    self.log, [{"id": ids[p], "answer": text} for p, text in zip(positions, texts, strict=True)]
-                )
-
+    def _generate(self, requests: list[str], keep: Callable[[list[int], list[str]], None]) -> list[str]:
         if self.adapter != CURRENT:
             use_adapter(self.model, self.adapter)
         return generate(
@@ -393,18 +319,6 @@ class KerasRecoverer(LanguageModelRecoverer):
             on_batch=keep,
             stop_after=self.stop_after,
         )
-
-
-def held_out_scs(validation: pd.DataFrame, scorer: Scorer, chat: str = "gemma", settings: object = None):
-    """function(model, tokenizer) -> mean SCS of greedy answers on the validation rows: what picks the best checkpoint."""
-    truth = scorer.encode(validation["rewrite_prompt"].tolist())
-
-    def measure(model, tokenizer) -> float:
-        recoverer = KerasRecoverer(model, tokenizer, "validation", adapter=CURRENT, chat=chat, settings=settings)
-        answers = recoverer.recover(validation.drop(columns="rewrite_prompt"))
-        return float(scs(scorer.encode(answers), truth).mean())
-
-    return measure
 
 
 def load_recoverer(

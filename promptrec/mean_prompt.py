@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from promptrec.comparison import interval
+from promptrec.comparison import bootstrap_means, interval
 from promptrec.data import read_prompts, text_id
 from promptrec.errors import InputError
 from promptrec.probes import probe_weights, read_probes
-from promptrec.scoring import Scorer, get_scorer
+from promptrec.scoring import Scorer, get_scorer, unit
 from promptrec.search_encoders import SearchEncoder, encoder_of
 from promptrec.splits import cluster_prompts
 from promptrec.tables import progress, write_manifest, write_text
+from promptrec.text_features import native_bfloat16
 from promptrec.token_search import Objective, SearchSettings, Step, search
 
 FEWEST_CLUSTERS = 4  # two to search with, two to judge by
@@ -49,15 +50,14 @@ def mean_prompt(
     settings: SearchSettings,
     probes: tuple[Sequence[str], np.ndarray] | None = None,
 ) -> dict:
-    """The string searched for from the best constant (`text`), mean SCS with interval on both halves, what it took.
+    """The string found (`text`), mean SCS with interval on both halves, what it took.
 
-    `gain` is its paired difference to the constant on held-out prompts; `share_of_vector` its held-out score as a part
-    of what the searched half's best continuous vector scores there. Ctrl-C ends the search early: the best string so
-    far is the result, and `stopped` says so.
+    The search starts from whole prompts, joined: that is most of the way, and reads like prompts. `gain` is the paired
+    difference to the best constant, one whole prompt, on held-out prompts; `share_of_vector` the held-out score as a
+    part of what the searched half's best continuous vector scores there, with an interval. Ctrl-C ends the search
+    early: the best string so far is the result, and `stopped` says so.
     """
-    encoder = encoder_of(scorer)
-    if encoder is None:
-        raise InputError(f"mean-prompt: {scorer.name} has no gradient to search by; use --scorer minilm or t5-hf")
+    encoder = search_encoder(scorer)
     clusters, searched = halves(prompts, settings.seed)
     vectors = scorer.encode(prompts, show_progress=True)
     objective, probed = Objective.mean(vectors[searched]), None
@@ -67,19 +67,62 @@ def mean_prompt(
     short = [text for text in options if encoder.count_tokens(text) <= settings.max_tokens]
     if not short:
         raise InputError(f"mean-prompt: no prompt has {settings.max_tokens} tokens or fewer; raise --max-tokens")
-    constant = short[int(objective.value(scorer.encode(short)).argmax())]
-    found = _search(encoder, objective, constant, settings)
+    known = scorer.encode(short)
+    constant = short[int(objective.value(known).argmax())]
+    found = _search(encoder, objective, joined(short, known, objective, encoder, settings.max_tokens), settings)
     answers = np.stack([*scorer.encode([found["text"], constant]), objective.best_vector(settings.seed)[0]])
     values, held = (vectors @ answers.T) ** 3, ~searched  # [n, 3]
-    return found | {
-        "train": _measured(values[searched, 0], clusters[searched]),
-        "held_out": _measured(values[held, 0], clusters[held]),
-        "gain": _measured(values[held, 0] - values[held, 1], clusters[held]),
-        "constant": constant,
-        "share_of_vector": float(values[held, 0].mean() / values[held, 2].mean()),
-        "scorer": scorer.name,
-        "probes": probed,
-    }
+    share = _share(values[held, 0], values[held, 2], clusters[held])
+    return (
+        found
+        | share
+        | {
+            "train": _measured(values[searched, 0], clusters[searched]),
+            "held_out": _measured(values[held, 0], clusters[held]),
+            "gain": _measured(values[held, 0] - values[held, 1], clusters[held]),
+            "constant": constant,
+            "scorer": scorer.name,
+            "probes": probed,
+        }
+    )
+
+
+def search_encoder(scorer: Scorer) -> SearchEncoder:
+    """The scorer's encoder, ranking in bfloat16 where the CPU has it; what a search accepts is exact either way."""
+    encoder = encoder_of(scorer, "bfloat16" if native_bfloat16() else "float32")
+    if encoder is None:
+        raise InputError(f"mean-prompt: {scorer.name} has no gradient to search by; use --scorer minilm or t5-hf")
+    return encoder
+
+
+def joined(
+    prompts: Sequence[str],
+    vectors: np.ndarray,
+    objective: Objective,
+    encoder: SearchEncoder,
+    max_tokens: int,
+    tried: int = 64,
+) -> str:
+    """Whole prompts (unit vectors [n, d]) in a row, from the best one on: each the one with which all score best.
+
+    The encoder pools by mean, so the vectors' mean, weighted by length, says which few are worth encoding.
+    """
+    lengths = np.array([encoder.count_tokens(prompt) for prompt in prompts]) - encoder.count_tokens("")
+    values = objective.value(vectors)
+    text, value = prompts[int(values.argmax())], values.max()
+    while True:
+        count = encoder.count_tokens(text)
+        short = np.flatnonzero(count + lengths <= max_tokens)
+        mixed = unit(count * encoder.encode([text]) + lengths[short, None] * vectors[short])
+        order = np.argsort(-objective.value(mixed), kind="stable")[:tried]
+        texts = [f"{text} {prompts[index]}" for index in short[order]]
+        if not texts:
+            return text
+        best = texts[int(objective.value(encoder.encode(texts, exact=False)).argmax())]
+        reached = objective.value(encoder.encode([best]))[0]
+        if reached <= value:
+            return text
+        text, value = best, reached
 
 
 def _weighted(vectors: np.ndarray, probes: np.ndarray, scores: np.ndarray) -> tuple[Objective, dict]:
@@ -109,6 +152,7 @@ def _search(encoder: SearchEncoder, objective: Objective, start: str, settings: 
         "evaluations": evaluations or steps[-1].evaluations,
         "seconds": time.perf_counter() - began,
         "seconds_to_best": steps[-1].seconds,
+        "curve": [[step.evaluations, round(step.seconds, 2), step.value] for step in steps],
         "stopped": evaluations is None,
     }
 
@@ -116,6 +160,13 @@ def _search(encoder: SearchEncoder, objective: Objective, start: str, settings: 
 def _measured(values: np.ndarray, clusters: np.ndarray) -> dict:
     mean, low, high = interval(values, clusters)
     return {"mean_scs": mean, "low": low, "high": high, "n": len(values)}
+
+
+def _share(values: np.ndarray, best: np.ndarray, clusters: np.ndarray) -> dict:
+    """Mean of the values [n] as a part of the mean of the best vector's, with the interval of the two drawn together."""
+    low, high = np.quantile(bootstrap_means(values, clusters) / bootstrap_means(best, clusters), [0.025, 0.975])
+    share = float(values.mean() / best.mean())
+    return {"share_of_vector": share, "share_interval": [float(low), float(high)]}
 
 
 def mean_prompt_file(

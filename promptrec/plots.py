@@ -133,7 +133,7 @@ def prompts_in_space(embeddings: np.ndarray, labels: Sequence, texts: Sequence[s
             label += "\n" + textwrap.shorten(str(list(texts)[central]), 34, placeholder="…")
             axes.scatter(*points[central], s=80, facecolors="none", edgecolors=BLACK, zorder=3)
         style = {"marker": MARKERS[index], "color": _colour(index), "label": label}
-        axes.scatter(*points[rows].T, s=22, alpha=0.75, **style)
+        axes.scatter(*points[rows].T, s=22, alpha=0.75, rasterized=len(points) > 2000, **style)  # or the SVG grows huge
     _label(axes, *(f"component {i} ({share:.0%} of variance)" for i, share in enumerate(shares, 1)))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     text = f"Scatter plot of {len(points)} prompt embeddings on two principal components, coloured by label:"

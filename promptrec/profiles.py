@@ -60,13 +60,14 @@ CORPORA = (
 ATTACH = {
     "sentence-t5": "attach the Kaggle model google/sentence-t5, TensorFlow2, variation st5-base, version 1",
     "gemma/transformers": "attach the Kaggle model google/gemma, Transformers, variation 7b-it, version 3",
-    "gemma/keras": "attach the Kaggle model google/gemma, Keras, variation gemma_instruct_7b_en",
+    "gemma/keras": "attach the Kaggle model google/gemma (now keras/gemma), Keras, variation gemma_instruct_7b_en",
     "llm-prompt-recovery": "attach the Kaggle competition llm-prompt-recovery",
     "wikipedia-movie-plots": "attach the Kaggle dataset jrobischon/wikipedia-movie-plots",
     "wikibooks-dataset": "attach the Kaggle dataset dhruvildave/wikibooks-dataset",
     "emotions": "attach the Kaggle dataset nelgiriyewithana/emotions",
 }
 MADE_BY = {"training_data.csv": "Part 1", "adapter": "Part 2"}
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # up to v4, and from v5e on
 
 
 def attach_hint(path: str | Path, otherwise: str = "") -> str:
@@ -122,7 +123,7 @@ PROFILES = {
     ),
     "kaggle-tpu": Profile(
         "kaggle-tpu",
-        "Kaggle, TPU v3-8",
+        "Kaggle, TPU with 8 cores (v5e-8, formerly v3-8)",
         "keras",
         "{root}/gemma/keras/gemma_instruct_7b_en",
         "{root}/gemma/keras/gemma_instruct_7b_en",
@@ -138,7 +139,8 @@ PROFILES = {
 def detect() -> str:
     """Name of the profile that fits this machine, without importing a framework."""
     if os.path.isdir("/kaggle/working"):
-        return "kaggle-tpu" if os.environ.get("TPU_WORKER_ID") or os.path.exists("/dev/accel0") else "kaggle-t4x2"
+        on_tpu = os.environ.get("TPU_WORKER_ID") or any(map(os.path.exists, TPU_DEVICES))
+        return "kaggle-tpu" if on_tpu else "kaggle-t4x2"
     return "gpu" if os.path.exists("/dev/nvidia0") else "local"
 
 

@@ -1,7 +1,8 @@
 """(original, prompt) -> rewritten: batched, appended to disk, resumable.
 
 The log is JSONL with one finished row a line. Killed at any moment and started again, the run loses at most the
-batch in flight, repeats nothing and ends with the same set of rows. Several processes share the work by `shard`.
+batch in flight, repeats nothing and ends with the same set of rows. Several processes share the work: those of one
+launcher by themselves (distributed.py), runs started apart by `shard`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from promptrec.data import check_cells, text_id
-from promptrec.errors import InputError
+from promptrec.distributed import merge_logs, own_file, part_files, read_finished, share, world
 from promptrec.profiles import Profile, override
 from promptrec.rewriters import Rewriter
-from promptrec.tables import append_jsonl, full_disk_named, progress, read_jsonl, require_columns
+from promptrec.tables import append_jsonl, full_disk_named, progress, require_columns
 
 
 def rewrite_table(
@@ -23,32 +24,38 @@ def rewrite_table(
     rewriter: Rewriter,
     log: str | Path,
     batch_size: int = 64,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = None,
     stop_after: float | None = None,
 ) -> pd.DataFrame:
     """Rewrite every row of `table` (id, original_text, rewrite_prompt) and return it with rewritten_text and source.
 
-    Rows already in `log` are not done again. `shard` = (index, count) takes every count-th row; `stop_after` seconds
-    ends early (the rest is done by the next call). Rows come back in the order of `table`.
+    Rows already in `log` are not done again. `shard` = (index, count) takes that share of the rows, by default the
+    one of this process; `stop_after` seconds ends early (the rest is done by the next call). Rows come back in the
+    order of `table`, those of all processes in each.
     Raises InputError for bad cells, for a log that belongs to other rows and for a full disk.
     """
     require_columns(table, ["id", "original_text", "rewrite_prompt"], "rewriting")
     check_cells(table, ["original_text", "rewrite_prompt"], "rewriting")
-    done = _read_log(Path(log), table, rewriter.name)
-    todo = table.iloc[shard[0] :: shard[1]]
+    log = Path(log)
+    done = _finished(log, table, rewriter.name)
+    todo = share(table, *shard or ())
     todo = todo[~todo["id"].isin(done)]
     longest_first = todo["original_text"].map(len).to_numpy().argsort(kind="stable")[::-1]
     todo = todo.iloc[longest_first]  # so that running out of memory shows at once
+    bar = progress(range(0, len(todo), batch_size), desc=f"rewrite ({rewriter.name})")
     started = time.monotonic()
-    for start in progress(range(0, len(todo), batch_size), desc=f"rewrite ({rewriter.name})"):
+    for start in bar:
         if stop_after is not None and time.monotonic() - started > stop_after:
             break
-        done.update(_rewrite_batch(todo.iloc[start : start + batch_size], rewriter, log))
+        done.update(_rewrite_batch(todo.iloc[start : start + batch_size], rewriter, own_file(log)))
+    if shard is None:  # with `shard`, another run may be appending to the log right now
+        merge_logs(log, table["id"])
+    done = _finished(log, table, rewriter.name) if world() > 1 else done
     finished = table[table["id"].isin(done)]
     return finished.assign(rewritten_text=finished["id"].map(done), source=rewriter.name).reset_index(drop=True)
 
 
-def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> dict[str, str]:
+def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: Path) -> dict[str, str]:
     rewritten = rewriter.rewrite(batch["original_text"].tolist(), batch["rewrite_prompt"].tolist())
     rows = [
         {
@@ -67,10 +74,8 @@ def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: str | Path) -> 
     return {row["id"]: row["rewritten_text"] for row in rows}
 
 
-def _read_log(log: Path, table: pd.DataFrame, rewriter: str) -> dict[str, str]:
+def _finished(log: Path, table: pd.DataFrame, rewriter: str) -> dict[str, str]:
     """id -> rewritten text of the finished rows; refuses a log whose ids stand for other texts, prompts or rewriters."""
-    if not log.is_file():
-        return {}
     expected = {
         row["id"]: {
             "original": text_id(row["original_text"]),
@@ -79,14 +84,9 @@ def _read_log(log: Path, table: pd.DataFrame, rewriter: str) -> dict[str, str]:
         }
         for row in table.to_dict("records")
     }
-    rows = read_jsonl(log, tolerate_torn_tail=True)
-    for number, row in enumerate(rows, 1):
-        if not {"id", "original", "rewrite_prompt", "rewritten_text", "rewriter"} <= row.keys():
-            raise InputError(f"{log}: line {number} is not a row of a rewriting log; name a new --out file")
-        for field, value in expected.get(row["id"], {}).items():
-            if row[field] != value:
-                raise InputError(f"{log}: id {row['id']!r} was rewritten with another {field}; name a new --out file")
-    return {row["id"]: row["rewritten_text"] for row in rows}
+    fields = ("original", "rewrite_prompt", "rewritten_text", "rewriter")
+    rows = read_finished([log, *part_files(log)], expected, fields, ("rewriting", "rewritten"))
+    return {identifier: row["rewritten_text"] for identifier, row in rows.items()}
 
 
 def get_rewriter(profile: Profile, seed: int = 0) -> Rewriter:

@@ -35,6 +35,11 @@ def scs(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     return cosine**3
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors [..., d] divided by their lengths; a zero vector stays zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+
+
 class Scorer:
     """Turns texts into unit vectors. Subclasses implement `_encode`; each distinct string is encoded once.
 
@@ -63,6 +68,10 @@ class Scorer:
         """SCS of each pair of texts, shape [n]."""
         return scs(self.encode(predicted), self.encode(true))
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text, uncut, special ones included; 0 where the scorer does not tell."""
+        return 0
+
     def _encode(self, texts: list[str]) -> np.ndarray:
         raise TypeError(f"{type(self).__name__} does not say how to encode")
 
@@ -83,6 +92,9 @@ class MiniLMScorer(Scorer):
         from sentence_transformers import SentenceTransformer
 
         self.model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.model.tokenizer(text, verbose=False)["input_ids"])
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         return self.model.encode(texts, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
@@ -134,6 +146,9 @@ class HuggingFaceT5Scorer(Scorer):
     def token_ids(self, text: str) -> list[int]:
         """Plain SentencePiece ids + EOS, cut to 128."""
         return [*self._pieces.encode(text)[: T5_MAX_TOKENS - 1], T5_EOS]
+
+    def count_tokens(self, text: str) -> int:
+        return len(self._pieces.encode(text)) + 1
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         torch = self._torch

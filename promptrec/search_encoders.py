@@ -37,7 +37,8 @@ class SearchEncoder:
     """
 
     name = "encoder"
-    batch_size = 16
+    batch_size = 16  # strings that rank
+    gradient_batch_size = 5  # a search sends few of these at a time, and exact strings one by one
     before: tuple[int, ...] = ()  # special tokens around every text
     after: tuple[int, ...] = ()
 
@@ -109,7 +110,8 @@ class SearchEncoder:
         distinct = sorted(set(texts))
         vectors: list = [None] * len(distinct)
         with self._torch.inference_mode():
-            for batch, embedded, mask in self._batches([self.token_ids(text) for text in distinct]):
+            size = 1 if exact and not self.ranks_exactly else self.batch_size
+            for batch, embedded, mask in self._batches([self.token_ids(text) for text in distinct], size):
                 found = self._vectors(self._model if exact else self._fast, embedded, mask).numpy()
                 for index, vector in zip(batch, found, strict=False):
                     vectors[index] = vector
@@ -125,7 +127,7 @@ class SearchEncoder:
         closed form, only the encoder is differentiated. In the encoder's dtype.
         """
         found: list = [None] * len(rows)
-        for batch, embedded, mask in self._batches(rows):
+        for batch, embedded, mask in self._batches(rows, self.gradient_batch_size):
             vectors = self._vectors(self._fast, embedded.requires_grad_(), mask)[: len(batch)]
             plain = vectors.detach().numpy()
             slopes = [objectives[index].slope(vector[None]) for index, vector in zip(batch, plain, strict=True)]
@@ -142,23 +144,29 @@ class SearchEncoder:
         pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return self._torch.nn.functional.normalize(self._project(pooled), dim=-1)
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Rows of token ids in batches: indices, embedded tokens [batch_size, t, D], mask [batch_size, t].
+    def _batches(self, rows: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Rows of token ids in batches: indices, embedded tokens [size, t, D], mask [size, t].
 
         Every batch has the same number of rows, and t depends on the row alone. So a vector comes out the same to the
         last bit whatever it is batched with: matrix products of other shapes round otherwise.
         """
         room = MAX_TOKENS - len(self.before) - len(self.after)
         framed = [(*self.before, *row[:room], *self.after) for row in rows]
-        lengths = [-(-len(row) // 4) * 4 for row in framed]
+        lengths = [_rounded(len(row)) for row in framed]
         for length, group in groupby(sorted(range(len(rows)), key=lengths.__getitem__), key=lengths.__getitem__):
             alike = list(group)
-            for start in range(0, len(alike), self.batch_size):
-                batch = alike[start : start + self.batch_size]
-                full = [framed[index] for index in (batch * self.batch_size)[: self.batch_size]]
+            for start in range(0, len(alike), size):
+                batch = alike[start : start + size]
+                full = [framed[index] for index in (batch * size)[:size]]
                 ids = self._torch.tensor([(*row, *[0] * (length - len(row))) for row in full])
                 mask = self._torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in full])
                 yield batch, self._table[ids], mask
+
+
+def _rounded(length: int) -> int:
+    """The length that a row is padded to: in coarse steps, so that rows share batches; in finer ones where it is short."""
+    step = 4 if length <= 32 else 8
+    return -(-length // step) * step
 
 
 class MiniLMEncoder(SearchEncoder):
@@ -232,10 +240,11 @@ class T5Encoder(SearchEncoder):
         return pooled @ self._dense.T
 
 
-def encoder_of(scorer: Scorer) -> SearchEncoder | None:
+def encoder_of(scorer: Scorer, dtype: str = "float32") -> SearchEncoder | None:
     """The encoder behind a scorer, opened for search, once per scorer; None where only its answers can be had."""
-    if not hasattr(scorer, "_search_encoder"):
+    opened = vars(scorer).setdefault("_search_encoders", {})
+    if dtype not in opened:
         kinds = {MiniLMScorer: MiniLMEncoder, HuggingFaceT5Scorer: T5Encoder}
         kind = next((kinds[known] for known in kinds if isinstance(scorer, known)), None)
-        scorer._search_encoder = kind(scorer.directory) if kind else None
-    return scorer._search_encoder
+        opened[dtype] = kind(scorer.directory, dtype) if kind else None
+    return opened[dtype]

@@ -22,6 +22,7 @@ from promptrec.profiles import Profile, missing_inputs
 from promptrec.tables import full_disk_named, progress, read_table
 
 PARTS = ("1-generate-data", "2-fine-tune", "3-evaluate")
+IN_KERAS = {"2-fine-tune": "2-fine-tune-tpu"}  # what runs in a part's place where the models run in Keras
 _ERASE = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -33,8 +34,15 @@ def notebooks_folder() -> Path:
     return folder
 
 
-def run_series(profile: Profile, parts: Sequence[str] = PARTS) -> dict[str, float]:
-    """Execute the parts in order; executed notebooks land in <out>/notebooks. Returns seconds by part.
+def parts_of(profile: Profile) -> tuple[str, ...]:
+    """The three parts as the profile runs them: Part 2 is a notebook of its own in torch and in Keras."""
+    return tuple(IN_KERAS.get(part, part) for part in PARTS) if profile.in_keras else PARTS
+
+
+def run_series(profile: Profile, parts: Sequence[str] = ()) -> dict[str, float]:
+    """Execute the parts (default: the profile's three) in order; executed notebooks land in <out>/notebooks.
+
+    Returns seconds by part.
 
     Raises InputError, with the notebook's own last line, when a part fails; what was finished before stays. An input that
     any part lacks is named before the first one starts.
@@ -43,7 +51,7 @@ def run_series(profile: Profile, parts: Sequence[str] = PARTS) -> dict[str, floa
         raise InputError(f"{len(missing)} input(s) missing: {'; '.join(missing)}")
     out = Path(profile.out).resolve()
     seconds = {}
-    for part in progress(parts, desc="series"):
+    for part in progress(parts or parts_of(profile), desc="series"):
         started = time.time()
         print(f"running {part} (profile {profile.name}) ...", flush=True)
         execute_notebook(notebooks_folder() / f"{part}.py", out / "notebooks" / f"{part}.ipynb", profile, out)

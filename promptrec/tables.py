@@ -145,7 +145,7 @@ def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     }
     if path.suffix not in writers:
         raise InputError(f"{path}: unknown format {path.suffix!r}; name a file ending in {', '.join(writers)}")
-    return _write_atomically(path, writers[path.suffix])
+    return write_atomically(path, writers[path.suffix])
 
 
 def write_json(value: object, path: str | Path) -> Path:
@@ -155,10 +155,10 @@ def write_json(value: object, path: str | Path) -> Path:
 
 def write_text(text: str, path: str | Path) -> Path:
     """Write UTF-8 text atomically."""
-    return _write_atomically(Path(path), lambda target: Path(target).write_text(text, encoding="utf-8"))
+    return write_atomically(Path(path), lambda target: Path(target).write_text(text, encoding="utf-8"))
 
 
-def _write_atomically(path: Path, write) -> Path:
+def write_atomically(path: Path, write) -> Path:
     """Write to a temporary file beside `path`, then rename; the temporary file never stays behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -241,7 +241,10 @@ def _git_revision() -> str | None:
 
 
 def progress(iterable: Iterable, **options: object):
-    """A tqdm bar on a terminal; silent elsewhere, so that committed notebooks hold no progress-bar debris."""
+    """A tqdm bar on a terminal; silent elsewhere, so that committed notebooks hold no progress-bar debris.
+
+    Of several processes (torchrun) the first one draws it.
+    """
     from tqdm import tqdm
 
-    return tqdm(iterable, disable=not sys.stderr.isatty(), **options)
+    return tqdm(iterable, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0", **options)

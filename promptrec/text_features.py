@@ -22,18 +22,20 @@ import pandas as pd
 
 from promptrec.cleaning import strip_lead_in
 from promptrec.profiles import quiet_frameworks
-from promptrec.scoring import MINILM_SHA256, minilm_directory
-from promptrec.tables import check_digest, progress
+from promptrec.scoring import MINILM_SHA256, minilm_directory, unit
+from promptrec.tables import check_digest, progress, write_atomically
 
 WIDTH = 384  # of MiniLM
 LAYERS = (1, 3, 5, 6)  # of 6; mean-pooled each
 POOLS = (*(f"layer {layer}" for layer in LAYERS), "highest", "opening")
 LAST = POOLS.index("layer 6")  # the pool that is MiniLM's own sentence embedding
+HIGHEST, FIRST = POOLS.index("highest"), POOLS.index("opening")
+SHOWN_POOLS = [POOLS.index("layer 5"), LAST, HIGHEST, FIRST]  # of the residual, as directions
 OPENING = 24  # tokens
 LONGEST = 256  # tokens of a text; MiniLM was trained no further
 SHOWN_WORDS = 40  # of those that came or went
 CAME_POOLS = (0, 1, 3)
-RESIDUAL_DIMS, WORD_DIMS = 400, 300  # kept by PCA
+KEPT_DIMS = {"residual": 400, "words": 300, "style": 0}  # by PCA; 0: all
 _WORD = re.compile(r"[a-z']+")
 _NUMBERED = re.compile(r"\s*\d+[.)]")
 MARKS = ".,!?:;\"'()#@*-\n&/$%"
@@ -51,11 +53,6 @@ WORD_GROUPS = (
     "not never no",
     "and but or",
 )
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors [..., d] divided by their lengths; a zero vector stays zero."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
 
 def cache_folder() -> Path:
@@ -86,6 +83,7 @@ class TextEncoder:
     def __init__(self, cache: Path | None = None) -> None:
         self.cache = cache or cache_folder() / f"minilm-{MINILM_SHA256[:12]}-{'-'.join(map(str, LAYERS))}"
         self._known: dict[str, np.ndarray] = {}
+        self._shards: set[Path] = set()  # read already
         self._model = self._tokenizer = None
 
     def encode(self, texts: Sequence[str], description: str = "embed texts") -> np.ndarray:
@@ -128,30 +126,26 @@ class TextEncoder:
         return self._model, self._tokenizer
 
     def _read(self, keys) -> None:
-        """Load shards until every key is known or none is left."""
+        """Load the shards not read yet, unless every key is known."""
         if set(keys) <= self._known.keys():
             return
-        for shard in sorted(self.cache.glob("*.npz")) if os.path.isdir(self.cache) else ():
+        for shard in sorted(set(self.cache.glob("*.npz")) - self._shards):
+            self._shards.add(shard)
             if saved := read_arrays(shard):
                 self._known.update(zip(saved["keys"].tolist(), saved["vectors"], strict=True))
 
     def _keep(self, keys: list[str], vectors: np.ndarray) -> None:
         """Remember, and write one more shard (named by its content, so writers never clash)."""
         self._known.update(zip(keys, vectors, strict=True))
-        save_arrays(self.cache / f"{digest(*keys)}.npz", keys=np.array(keys), vectors=vectors)
+        shard = self.cache / f"{digest(*keys)}.npz"
+        self._shards.add(shard)
+        save_arrays(shard, keys=np.array(keys), vectors=vectors)
 
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an .npz all at once: a killed run leaves no half file. A cache that cannot be written is left out."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
+    with suppress(OSError):
+        write_atomically(path, lambda target: np.savez(target, **arrays))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -213,11 +207,12 @@ def style_counts(text: str) -> list[float]:
 
 
 class PairFeatures:
-    """Features of (original, rewritten) pairs, fitted on the training pairs: a flat block and three directions.
+    """Features of (original, rewritten) pairs, fitted on the training pairs: a flat block and 15 directions.
 
     The flat block [n, f] joins three parts, each standardised and the first two reduced by PCA: what is in the rewritten
     text beyond what the original explains (the residual of a ridge regression, pool by pool), the words that came and
-    went, and style counts of both texts. The directions [n, 3, 384] are the two texts' embeddings and their difference.
+    went, and style counts of both texts. The directions [n, 15, 384] are unit vectors that a prompt may resemble: the two
+    texts, their difference, and most of the embeddings that the first two parts are made of.
     Everything fitted is in `state`, a dict of arrays.
     """
 
@@ -229,8 +224,8 @@ class PairFeatures:
         """In how many training rewrites each word occurs."""
         return Counter(dict(zip(self.state["words"].tolist(), self.state["word_rows"].tolist(), strict=True)))
 
-    def fit(self, pairs: pd.DataFrame) -> PairFeatures:
-        """Fit on a table with original_text and rewritten_text."""
+    def fit_transform(self, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Fit on a table with original_text and rewritten_text; its (flat [n, f], directions [n, 15, 384]), float32."""
         before, after = _texts(pairs)
         rarity = Counter(word for text in after for word in set(words(text)))
         old, new = unit(self.encoder.encode(before)), unit(self.encoder.encode(after))
@@ -243,27 +238,36 @@ class PairFeatures:
             "intercepts": np.stack([intercept for _, intercept in lines]),
         }
         self.__dict__.pop("rarity", None)
-        self.state |= _fit_scale("residual", self._residual(old, new), RESIDUAL_DIMS)
-        self.state |= _fit_scale("words", self._words(before, after), WORD_DIMS)
-        self.state |= _fit_scale("style", _style(before, after))
+        blocks = self._blocks(before, after, old, new)
+        for name, block in blocks.items():
+            self.state |= _fit_scale(name, _rows(block), KEPT_DIMS[name])
+        return self._joined(blocks, old, new)
+
+    def fit(self, pairs: pd.DataFrame) -> PairFeatures:
+        """Fit on a table with original_text and rewritten_text."""
+        self.fit_transform(pairs)
         return self
 
     def __call__(self, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        """(flat [n, f], directions [n, 3, 384]), float32."""
+        """(flat [n, f], directions [n, 15, 384]) of pairs, float32."""
         before, after = _texts(pairs)
         old, new = unit(self.encoder.encode(before)), unit(self.encoder.encode(after))
-        flat = [
-            _scaled(self.state, "residual", self._residual(old, new)),
-            _scaled(self.state, "words", self._words(before, after)),
-            _scaled(self.state, "style", _style(before, after)),
-        ]
-        first, second = old[:, LAST], new[:, LAST]
-        directions = np.stack([first, second, unit(second - first)], axis=1)
-        return np.concatenate(flat, axis=1).astype(np.float32), directions.astype(np.float32)
+        return self._joined(self._blocks(before, after, old, new), old, new)
 
-    def _residual(self, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    def _blocks(self, before: list[str], after: list[str], old: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
+        """The parts of the flat block before they are scaled: residual [n, pools, 384], words [n, 6, 384], style [n, s]."""
         explained = np.einsum("npi,pij->npj", old, self.state["slopes"]) + self.state["intercepts"]
-        return unit(new - explained).reshape(len(new), -1)
+        return {
+            "residual": unit(new - explained),
+            "words": self._words(before, after),
+            "style": _style(before, after),
+        }
+
+    def _joined(self, blocks: dict[str, np.ndarray], old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        flat = [_scaled(self.state, name, _rows(block)) for name, block in blocks.items()]
+        texts = np.stack([old[:, LAST], new[:, LAST], unit(new[:, LAST] - old[:, LAST])], axis=1)
+        shown = [texts, blocks["residual"][:, SHOWN_POOLS], unit(blocks["words"]), new[:, [HIGHEST, FIRST]]]
+        return np.concatenate(flat, axis=1).astype(np.float32), np.concatenate(shown, axis=1).astype(np.float32)
 
     def _words(self, before: list[str], after: list[str]) -> np.ndarray:
         total = int(self.state["rows"])
@@ -272,7 +276,11 @@ class PairFeatures:
             for texts in ((before, after), (after, before))
         )
         parts = [*(unit(came[:, pool]) for pool in CAME_POOLS), *(unit(went[:, pool]) for pool in (0, LAST))]
-        return np.concatenate([*parts, unit(came[:, LAST] - went[:, LAST])], axis=1)
+        return np.stack([*parts, unit(came[:, LAST] - went[:, LAST])], axis=1)
+
+
+def _rows(block: np.ndarray) -> np.ndarray:
+    return block.reshape(len(block), -1)
 
 
 def _ridge(given: np.ndarray, wanted: np.ndarray, alpha: float = 30.0) -> tuple[np.ndarray, np.ndarray]:

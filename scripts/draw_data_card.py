@@ -109,6 +109,7 @@ def kind_counts(data: dict[str, pd.DataFrame]) -> str:
     originals, triples = data["originals"], data["triples"]
     table = pd.DataFrame({"originals": originals["kind"].value_counts(), "triples": triples["kind"].value_counts()})
     table = table.fillna(0).astype(int).sort_index().sort_values("triples", ascending=False, kind="stable")
+    table = table[table["triples"] >= THIN_KIND]
     return markdown(
         ["Kind of text", "originals", "triples"], [[kind, *map(int, row)] for kind, row in table.iterrows()]
     )
@@ -116,8 +117,11 @@ def kind_counts(data: dict[str, pd.DataFrame]) -> str:
 
 def thin_kinds(data: dict[str, pd.DataFrame]) -> str:
     counts = data["triples"]["kind"].value_counts()
-    thin = sorted(kind for kind, count in counts.items() if count < THIN_KIND)
-    return f"Kinds of text with fewer than {THIN_KIND} triples: {', '.join(thin) or 'none'}."
+    thin = counts[counts < THIN_KIND]
+    return (
+        f"The table names kinds of text with at least {THIN_KIND} triples; {len(thin):,} other kinds, some of them only"
+        f" other names for these, hold {thin.sum():,} triples."
+    )
 
 
 def shortened(text: str) -> str:
@@ -201,7 +205,7 @@ def main() -> None:
     figures = draw(data)
     with matplotlib.rc_context(plots.STYLE | SVG):
         for name, figure in figures.items():
-            figure.savefig(ROOT / "images" / f"data-{name}.svg", metadata={"Date": None})
+            figure.savefig(ROOT / "images" / f"data-{name}.svg", metadata={"Date": None}, dpi=120)
     text = numbers(data)
     blocks = [part(f"figure {name}", figure_block(name, figure, CAPTIONS[name])) for name, figure in figures.items()]
     NUMBERS.write_text("\n".join([text, *blocks]), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Fine-tuning on a toy Gemma in the real format: loss, resume, kill -9, adapters, merging."""
 
 import os
-import random
 import subprocess
 import sys
 import textwrap
@@ -263,24 +262,6 @@ def test_killed_ten_times_training_goes_on_and_ends_where_an_undisturbed_run_end
     assert histories[0]["eval_loss"].dropna().tolist() == pytest.approx(
         histories[1]["eval_loss"].dropna().tolist(), abs=2e-3
     )
-
-
-def test_sampler_shows_every_row_once_and_depends_on_seed_and_epoch_only():
-    lengths = list(range(50))
-    orders = {}
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        sampler = lora.LengthGroupedSampler(lengths, batch_size=4, seed=seed)
-        sampler.set_epoch(epoch)
-        orders[seed, epoch] = list(sampler)
-        assert sorted(orders[seed, epoch]) == lengths and list(sampler) == orders[seed, epoch]
-    assert len({tuple(order) for order in orders.values()}) == 3
-
-
-def test_batches_hold_similar_lengths():
-    lengths = random.Random(0).choices(range(20, 400), k=256)
-    order = list(lora.LengthGroupedSampler(lengths, batch_size=8, seed=0))
-    spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in order[s : s + 8]] for s in range(0, 256, 8))]
-    assert sum(spread) / len(spread) < 60  # a random order spreads over some 300 tokens
 
 
 def test_a_folder_with_another_run_is_refused(base, triples, trained):

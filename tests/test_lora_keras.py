@@ -20,6 +20,7 @@ from promptrec import finetuning, lora_keras, methods
 from promptrec.errors import InputError
 from promptrec.lora_keras import Encoded, KerasGeneration, KerasLoraSettings
 from promptrec.profiles import ASSETS, PROFILES, get_profile, override
+from promptrec.rewriters import keras_gemma
 from promptrec.rewriters.keras_gemma import bucket_of, gemma_config, layout_rules
 
 TINY = str(ASSETS / "tiny-gemma")
@@ -111,6 +112,7 @@ def answers(out: Path) -> dict:
     found["all"] = tuned.recover(table)
     lora_keras.save_adapter(model, out / "saved.lora.h5")
     found |= {"compiled": compiled, "compiled before": before, "log": len((out / "log.jsonl").read_text().splitlines())}
+    found["no mark"] = refused(lambda: keras_gemma.end_ids(tuned.tokenizer, "<end_of_speech>"))
     found["refused"] = refused(lambda: lora_keras.use_adapter(model, out / "queries.lora.h5"))
     return found
 
@@ -250,6 +252,10 @@ def test_a_keras_profile_fine_tunes_in_keras(runs, measured):
 
 def test_an_adapter_for_other_layers_is_refused(measured):
     assert "adapts 1 layers, the model carries LoRA on 28" in measured["refused"]
+
+
+def test_a_tokenizer_that_knows_no_chat_is_refused(measured):
+    assert "no chat mark <end_of_speech>; use an instruction-tuned Gemma" in measured["no mark"]
 
 
 def test_the_loss_counts_the_answer_only():

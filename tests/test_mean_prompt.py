@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,11 @@ import pytest
 from promptrec import mean_prompt as module
 from promptrec.errors import InputError
 from promptrec.inference import best_constant
-from promptrec.mean_prompt import halves, mean_prompt
+from promptrec.mean_prompt import halves, joined, mean_prompt
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.search_encoders import MiniLMEncoder
 from promptrec.tables import read_table, write_table
-from promptrec.token_search import SearchSettings
+from promptrec.token_search import Objective, SearchSettings
 
 PROMPTS = shipped_prompts()["rewrite_prompt"].tolist()[::110]
 WORDS = tuple(sorted({word.strip(".,") for prompt in PROMPTS[::2] for word in prompt.lower().split()}))
@@ -38,12 +39,15 @@ def test_the_figures_are_those_of_the_string(found, minilm):
     assert found["gain"]["mean_scs"] == pytest.approx((values - constant)[~searched].mean(), abs=1e-6)
 
 
-def test_the_search_starts_from_the_best_constant_and_ends_above_it(found, minilm):
+def test_the_search_ends_above_the_best_constant_and_above_its_start(found, minilm):
     train = [text for text, chosen in zip(PROMPTS, halves(PROMPTS)[1], strict=True) if chosen]
     assert found["constant"] == best_constant(train, minilm)
     constant = minilm.scs([found["constant"]] * len(train), train).mean()
     assert found["train"]["mean_scs"] > constant + 1e-4
-    assert 0 < found["share_of_vector"] < 1.5
+    assert 0 < found["share_interval"][0] < found["share_of_vector"] < found["share_interval"][1] < 1.5
+    values = [value for _, _, value in found["curve"]]
+    assert constant < values[0] < values[-1] and values == sorted(values)
+    assert values[-1] == pytest.approx(found["train"]["mean_scs"], abs=1e-5)
     assert found["evaluations"] <= QUICK.evaluations and 0 < found["seconds_to_best"] <= found["seconds"]
     assert (found["scorer"], found["stopped"], found["probes"]) == ("MiniLM (proxy)", False, None)
 
@@ -83,19 +87,31 @@ def test_probes_weigh_the_searched_half(found, minilm):
     assert weighed["text"] != found["text"]
 
 
+def test_joined_prompts_score_more_than_any_of_them_within_the_budget(minilm):
+    vectors, encoder = minilm.encode(PROMPTS), module.search_encoder(minilm)
+    objective = Objective.mean(vectors)
+    texts = [joined(PROMPTS, vectors, objective, encoder, max_tokens) for max_tokens in (40, 128)]
+    values = objective.value(minilm.encode(texts))
+    assert objective.value(vectors).max() < values[0] < values[1]
+    assert all(map(operator.le, map(encoder.count_tokens, texts), (40, 128)))
+
+
 def test_a_scorer_without_gradients_says_so(word_scorer):
     with pytest.raises(InputError, match="has no gradient to search by; use --scorer minilm or t5-hf"):
         mean_prompt(PROMPTS, word_scorer, QUICK)
 
 
 def test_stopping_by_hand_keeps_the_best_so_far(minilm, monkeypatch):
+    started = []
+
     def stopped(encoder, objective, start, settings, note):
+        started.append(start)
         note(module.Step(1, 0.5, 0.1, start))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "search", stopped)
     early = mean_prompt(PROMPTS, minilm, QUICK)
-    assert early["stopped"] and early["text"] == early["constant"] and early["evaluations"] == 1
+    assert early["stopped"] and early["text"] == started[0] and early["evaluations"] == 1
     assert "(stopped by hand)" in module.summary(early)
 
 
@@ -128,6 +144,7 @@ BAD = {
     "prompts.txt --out prompts.txt": "is the file of the prompts; name another",
     "prompts.txt --out few.txt/m.txt": "choose another place",
     "prompts.txt --out m.txt --max-tokens 2": "max_tokens must be 3 to 128",
+    "prompts.txt --out m.txt --seconds -1": "seconds must be 0 (no limit) or more",
     "prompts.txt --out m.txt --evaluations 0": "evaluations must be at least 1",
     "prompts.txt --out m.txt --level letter": "level 'letter' is unknown; choose one of word, token",
     "prompts.txt --out m.txt --seed -1": "Invalid value for '--seed'",

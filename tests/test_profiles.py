@@ -57,6 +57,7 @@ def machine(monkeypatch):
         (("/kaggle/working",), "kaggle-t4x2"),
         (("/kaggle/working", "/dev/nvidia0"), "kaggle-t4x2"),
         (("/kaggle/working", "/dev/accel0"), "kaggle-tpu"),
+        (("/kaggle/working", "/dev/vfio/0"), "kaggle-tpu"),
         (("/dev/accel0",), "local"),
     ],
 )

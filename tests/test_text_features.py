@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from promptrec.data import shipped_triples
+from promptrec.scoring import unit
 from promptrec.text_features import (
     LAST,
     MARKS,
@@ -21,7 +22,6 @@ from promptrec.text_features import (
     read_arrays,
     save_arrays,
     style_counts,
-    unit,
     words,
 )
 
@@ -170,9 +170,9 @@ def test_a_lead_in_changes_no_feature(text_encoder, triples):
 
 def test_features_are_float32_tables_with_a_row_for_each_pair(text_encoder, triples):
     flat, directions = PairFeatures(text_encoder).fit(triples)(triples.head(5))
-    assert flat.shape[0] == 5 and directions.shape == (5, 3, WIDTH)
+    assert flat.shape[0] == 5 and directions.shape == (5, 15, WIDTH)
     assert flat.dtype == directions.dtype == np.float32
-    assert np.linalg.norm(directions, axis=-1) == pytest.approx(np.ones((5, 3)), abs=1e-4)
+    assert np.linalg.norm(directions, axis=-1) == pytest.approx(np.ones((5, 15)), abs=1e-4)
 
 
 def test_a_fit_comes_back_exactly_from_what_was_saved(text_encoder, triples, tmp_path):
@@ -181,6 +181,13 @@ def test_a_fit_comes_back_exactly_from_what_was_saved(text_encoder, triples, tmp
     loaded = PairFeatures(text_encoder, read_arrays(tmp_path / "state.npz"))
     for before, after in zip(fitted(triples), loaded(triples), strict=True):
         assert np.array_equal(before, after)
+
+
+def test_fitting_gives_the_features_that_are_asked_for_later(text_encoder, triples):
+    features = PairFeatures(text_encoder)
+    fitted = features.fit_transform(triples)
+    for at_once, later in zip(fitted, features(triples), strict=True):
+        assert np.array_equal(at_once, later)
 
 
 def test_fitting_again_forgets_the_first_fit(text_encoder, triples):

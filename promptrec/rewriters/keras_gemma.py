@@ -148,15 +148,19 @@ def load_gemma(path: str | Path, shard: bool = True, recompute: bool = False):
     blocks = [f"decoder_block_{number}" for number in range(config["num_layers"])] if recompute else []
     dtype = {"dtype": "bfloat16"} if jax.default_backend() == "tpu" else {}
     with keras.RematScope("list_of_layers", layer_names=blocks) if recompute else nullcontext():
-        model = keras_hub.models.GemmaCausalLM.from_preset(str(path), **dtype)
+        try:
+            model = keras_hub.models.GemmaCausalLM.from_preset(str(path), **dtype)
+        except Exception as error:  # h5py, Keras and TensorFlow have classes of their own for a damaged file
+            said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cannot be read as a Gemma preset ({said}); copy or attach it again") from None
     tokenizer, model.preprocessor = model.preprocessor.tokenizer, None
     return model, tokenizer
 
 
-def token_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a full prompt, beginning-of-sequence included once (Gemma is badly wrong without it)."""
+def token_ids(tokenizer, text: str, begin: bool = True) -> list[int]:
+    """Ids of a full prompt, as language_model.token_ids: beginning-of-sequence once, or not at all (`begin` = False)."""
     ids = [int(token) for token in tokenizer(text)]
-    return ids if ids[:1] == [tokenizer.start_token_id] else [tokenizer.start_token_id, *ids]
+    return ids if not begin or ids[:1] == [tokenizer.start_token_id] else [tokenizer.start_token_id, *ids]
 
 
 def bucket_of(length: int) -> int:
@@ -190,8 +194,9 @@ def generate(
     settings = settings or KerasGeneration()
     encoded = [token_ids(tokenizer, request) for request in requests]
     order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
-    answers, started, ends = [""] * len(encoded), time.monotonic(), _ends(tokenizer, stop)
-    for start in progress(range(0, len(order), settings.batch_size), desc=description):
+    answers, ends = [""] * len(encoded), end_ids(tokenizer, stop)
+    bar, started = progress(range(0, len(order), settings.batch_size), desc=description), time.monotonic()
+    for start in bar:
         if stop_after is not None and time.monotonic() - started > stop_after:
             break
         positions = order[start : start + settings.batch_size]
@@ -228,9 +233,14 @@ def _answer(tokenizer, ids: Sequence[int], ends: list[int]) -> str:
     return str(tokenizer.detokenize([ids[:length]])[0]).strip()
 
 
-def _ends(tokenizer, stop: str) -> list[int]:
-    """Token ids that end an answer: EOS, and `stop` where it is a token of its own (as <end_of_turn> is)."""
+def end_ids(tokenizer, stop: str) -> list[int]:
+    """Token ids that end an answer: EOS, and `stop` where it is a token of its own (as <end_of_turn> is).
+
+    Raises InputError when a mark such as <end_of_turn> is not one token, as language_model.stop_ids does.
+    """
     ids = [int(token) for token in tokenizer(stop)] if stop else []
+    if len(ids) > 1 and stop.startswith("<"):
+        raise InputError(f"the preset's tokenizer has no chat mark {stop}; use an instruction-tuned Gemma")
     return [tokenizer.end_token_id] + (ids if len(ids) == 1 else [])
 
 

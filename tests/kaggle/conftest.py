@@ -1,4 +1,4 @@
-"""The mock tree, built once, and the rehearsals that run in it: both start together, on a core each."""
+"""The mock tree, built once, and the rehearsals that run in it: they start together and share the cores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kaggle_tree import GEMMA_KERAS, build_inputs, save_keras_preset
+from kaggle_tree import EIGHT_DEVICES, GEMMA_KERAS, build_inputs, save_keras_preset
 
 HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 SMALL = {
     "DataSettings.rows": 48,
     "DataSettings.prompts": 60,
@@ -30,10 +32,14 @@ SMALL = {
     "KerasLoraSettings.validation_rows": 2,
     "KerasLoraSettings.rank": 2,
     "KerasLoraSettings.batch_size": 2,
+    "KerasLoraSettings.accumulation": 1,
     "KerasLoraSettings.max_tokens": 128,
     "EvaluationSettings.rows": 12,
     "EvaluationSettings.retrieval_rows": 60,
     "EvaluationSettings.new_tokens": 8,
+    "EvaluationSettings.longest_text": 15,  # words: eight virtual devices on two cores are slow
+    "EvaluationSettings.longest_shot": 40,
+    "EvaluationSettings.shots": 1,
 }
 
 
@@ -62,7 +68,7 @@ class Rehearsal:
     working: Path
 
     def seconds(self) -> dict[str, float]:
-        self.process.wait(timeout=600)
+        self.process.wait(timeout=1200)
         assert self.process.returncode == 0, (self.working / "stderr.txt").read_text()[-3000:]
         return json.loads((self.working / "stdout.txt").read_text().splitlines()[-1])
 
@@ -75,8 +81,10 @@ class Rehearsal:
         return self.working / "network.txt"
 
 
-def start_rehearsal(profile: str, inputs: Path, folder: Path, **variables: str) -> Rehearsal:
-    """The three notebooks under `profile`, in a copy of the tree, without a network."""
+def start_rehearsal(
+    profile: str, inputs: Path, folder: Path, standalone: Path | None = None, **variables: str
+) -> Rehearsal:
+    """The three notebooks under `profile` (or their standalone edition), in a copy of the tree, without a network."""
     shutil.copytree(inputs, folder / "input")
     working = folder / "working"
     working.mkdir()
@@ -90,21 +98,49 @@ def start_rehearsal(profile: str, inputs: Path, folder: Path, **variables: str) 
         "PROMPTREC_SCORER_PROCESS": "1",  # as on Kaggle, where the accelerator is taken
         **variables,
     }
-    command = [sys.executable, str(HERE / "rehearse.py"), profile, str(folder / "input"), str(working)]
+    command = [sys.executable, HERE / "rehearse.py", profile, folder / "input", working, *filter(None, [standalone])]
     with open(working / "stdout.txt", "w") as out, open(working / "stderr.txt", "w") as errors:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, cwd=working)
     return Rehearsal(process, working)
 
 
 @pytest.fixture(scope="session")
-def rehearsals(inputs, tmp_path_factory):
-    """Both Kaggle profiles, running side by side while the other tests of this folder go on."""
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+def run_build():
+    """function(*arguments, **variables) -> finished process of `make kaggle`'s script, with no owner in its environment."""
+
+    def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if name != "KAGGLE_USERNAME"} | variables
+        command = [sys.executable, SCRIPTS / "build_kaggle.py", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def built(run_build, tmp_path_factory):
+    """(finished process, folder) of a build that fetches nothing."""
+    folder = tmp_path_factory.mktemp("build")
+    return run_build("--no-download", "--out", folder, KAGGLE_USERNAME="somebody"), folder
+
+
+@pytest.fixture(scope="session")
+def rehearsals(inputs, built, tmp_path_factory):
+    """Both Kaggle profiles and the standalone edition, running side by side while other tests go on."""
     running = {
+        "kaggle-tpu": start_rehearsal("kaggle-tpu", inputs, tmp_path_factory.mktemp("tpu"), **EIGHT_DEVICES),
         "kaggle-t4x2": start_rehearsal("kaggle-t4x2", inputs, tmp_path_factory.mktemp("t4x2")),
-        "kaggle-tpu": start_rehearsal("kaggle-tpu", inputs, tmp_path_factory.mktemp("tpu"), **eight),
+        "standalone": start_rehearsal(
+            "kaggle-t4x2", inputs, tmp_path_factory.mktemp("standalone"), built[1] / "standalone" / "kaggle-t4x2"
+        ),
     }
     yield running
     for one in running.values():
         one.process.kill()
         one.process.wait()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rehearsals_first(request):
+    """Start the rehearsals before the first test of this folder, where any test asks for them."""
+    if any("rehearsals" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("rehearsals")

@@ -19,6 +19,7 @@ TEXTS = yaml.safe_load((Path(__file__).parent / "texts.yaml").read_text(encoding
 GEMMA_HF = "gemma/transformers/7b-it/3"
 GEMMA_KERAS = "gemma/keras/gemma_instruct_7b_en/2"
 SENTENCE_T5 = "sentence-t5/tensorflow2/st5-base/1"
+EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}  # for a TPU
 TO_KERAS = """
 import sys
 import keras_hub

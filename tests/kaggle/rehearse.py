@@ -1,78 +1,49 @@
-"""python rehearse.py PROFILE INPUTS WORKING: the series as on Kaggle, each part a session of its own.
+"""python rehearse.py PROFILE INPUTS WORKING [NOTEBOOKS]: the series as on Kaggle, each part a session of its own.
 
-Every part has an empty working folder; what it left is attached to the next ones below INPUTS. Prints the seconds.
-Under kaggle-tpu Part 1 is the notebook, Parts 2 and 3 are their headless form: fine-tune, answer, score, submit.
+Every part has an empty working folder and is run in it; what it left is attached to the next ones below INPUTS, Part 1's
+table with its shortest rows only, as two cores are slow. Prints the seconds. NOTEBOOKS is a folder of standalone
+notebooks: their kernels cannot import the promptrec of this clone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
-from promptrec.profiles import Profile, activate, find_result, get_profile
-from promptrec.series import PARTS, execute_notebook, notebooks_folder
+from promptrec.profiles import activate, get_profile
+from promptrec.series import PARTS, execute_notebook, notebooks_folder, parts_of
 from promptrec.tables import read_table, write_table
 
-
-def notebook(part: str, profile: Profile, working: Path) -> None:
-    execute_notebook(notebooks_folder() / f"{part}.py", working / f"{part}.ipynb", profile, working / part)
+ROWS = 16  # of each source on each side
 
 
-def short_rows(profile: Profile) -> pd.DataFrame:
-    """The eight shortest rows of each split: eight virtual devices on two cores are slow, and every length is compiled."""
-    table = read_table(find_result(profile, "training_data.csv"))
+def shorten(path: Path) -> None:
+    """Keep the shortest rows of each source and split: on virtual devices every token and every length costs."""
+    table = read_table(path)
     lengths = table["original_text"].str.len() + table["rewritten_text"].str.len()
-    return table.iloc[lengths.argsort(kind="stable")].groupby("split").head(8)
+    write_table(table.iloc[lengths.argsort(kind="stable")].groupby(["source", "split"]).head(ROWS), path)
 
 
-def fine_tune(part: str, profile: Profile, working: Path) -> None:
-    from promptrec.finetuning import finetune_file
-
-    rows = write_table(short_rows(profile), working / "short.csv")
-    finetune_file(rows, working / part / "adapter", profile)
-
-
-def evaluate(part: str, profile: Profile, working: Path) -> None:
-    from promptrec.inference import Constant, predict_all
-    from promptrec.methods import make_recoverer
-    from promptrec.scoring import profile_scorer, score_predictions
-    from promptrec.submission import fill_blanks, read_test, write_submission
-
-    tuned = make_recoverer("fine-tuned", profile, adapter=find_result(profile, "adapter"))
-    held_out = short_rows(profile).query("split == 'test'")
-    parts = [
-        score_predictions(predict_all([one], held_out), held_out, profile_scorer(profile)).assign(method=one.name)
-        for one in (Constant(), tuned)
-    ]
-    for scored in parts:
-        write_table(scored[["id", "method", "scs"]], working / part / f"scores-{scored['method'].iloc[0]}.csv")
-    test = read_test(profile)
-    whole = test.dropna()
-    answered = whole[["id"]].assign(rewrite_prompt=tuned.recover(whole))
-    filled = fill_blanks(test[["id"]].merge(answered, on="id", how="left"))
-    write_submission(filled, working / part / "submission.csv", ids=test["id"])
-
-
-def rehearse(name: str, inputs: Path, working: Path) -> None:
-    _, tune, judge = PARTS
-    steps: dict[str, Callable] = dict.fromkeys(PARTS, notebook)
-    if name == "kaggle-tpu":
-        steps |= {tune: fine_tune, judge: evaluate}
-    seconds = {}
-    for part, run in steps.items():
-        started = time.monotonic()
-        run(part, activate(replace(get_profile(name), out=str(working / part))), working)
-        shutil.copytree(working / part, inputs / f"promptrec-{part}")
+def rehearse(name: str, inputs: Path, working: Path, standalone: Path | None) -> None:
+    profile, seconds = activate(get_profile(name)), {}
+    if standalone:
+        os.environ["PROMPTREC_ABSENT"] = "1"
+    for part in parts_of(profile):
+        started, folder = time.monotonic(), working / part
+        folder.mkdir()
+        source = standalone / f"{part}.ipynb" if standalone else notebooks_folder() / f"{part}.py"
+        own = Path(shutil.copy(source, folder))  # a kernel starts where its notebook lies
+        execute_notebook(own, working / f"{part}.ipynb", profile, folder)
+        attached = shutil.copytree(folder, inputs / f"promptrec-{part}")
+        if part == PARTS[0]:
+            shorten(attached / "training_data.csv")
         seconds[part] = round(time.monotonic() - started, 1)
         print(json.dumps(seconds), flush=True)
 
 
 if __name__ == "__main__":
-    rehearse(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    rehearse(sys.argv[1], *map(Path, sys.argv[2:4]), Path(sys.argv[4]) if sys.argv[4:] else None)

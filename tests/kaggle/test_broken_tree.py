@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from kaggle_tree import GEMMA_HF, SENTENCE_T5, TEXTS
+from kaggle_tree import GEMMA_HF, GEMMA_KERAS, SENTENCE_T5, TEXTS
 
 from promptrec.data import load_originals, profile_sources, shipped_triples
 from promptrec.errors import InputError
@@ -23,15 +23,19 @@ from promptrec.submission import read_test
 from promptrec.tables import full_disk_named
 from promptrec.templates import recovery_request
 
-T4X2 = "kaggle-t4x2"
+T4X2, TPU = "kaggle-t4x2", "kaggle-tpu"
+MODEL = {
+    T4X2: (GEMMA_HF, "google/gemma, Transformers"),
+    TPU: (str(Path(GEMMA_KERAS).parent), "(now keras/gemma), Keras"),  # whatever its version
+}
 REMOVED = {
-    GEMMA_HF: ("google/gemma, Transformers", get_rewriter),
     SENTENCE_T5: ("google/sentence-t5", profile_scorer),
     CORPORA[0]: ("jrobischon/wikipedia-movie-plots", lambda profile: load_originals(profile_sources(profile))),
     CORPORA[1]: ("dhruvildave/wikibooks-dataset", lambda profile: load_originals(profile_sources(profile))),
     CORPORA[2]: ("nelgiriyewithana/emotions", lambda profile: load_originals(profile_sources(profile))),
     COMPETITION_TEST: ("competition llm-prompt-recovery", read_test),
 }
+CASES = [(name, path) for name, (model, _) in MODEL.items() for path in (model, *REMOVED)]
 
 
 def remove(path: Path) -> None:
@@ -51,20 +55,20 @@ def refusal(function, *arguments) -> str:
 
 
 def test_a_whole_tree_misses_nothing(attached_inputs, cli):
-    for name in (T4X2, "kaggle-tpu"):
+    for name in MODEL:
         code, out, err = cli("doctor", "--profile", name)
         assert (code, err) == (0, "") and "missing    nothing" in out
 
 
-@pytest.mark.parametrize("path", REMOVED)
-def test_who_needs_a_missing_input_says_what_to_attach(attached_inputs, path):
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_who_needs_a_missing_input_says_what_to_attach(attached_inputs, name, path):
     remove(attached_inputs / path)
-    hint, needs = REMOVED[path]
-    line = refusal(needs, get_profile(T4X2))
+    hint, needs = REMOVED.get(path, (MODEL[name][1], get_rewriter))
+    line = refusal(needs, get_profile(name))
     assert str(attached_inputs / path) in line and "attach the Kaggle" in line and hint in line
 
 
-@pytest.mark.parametrize(("name", "path"), [*((T4X2, path) for path in REMOVED), ("kaggle-tpu", "gemma/keras")])
+@pytest.mark.parametrize(("name", "path"), CASES)
 def test_doctor_and_series_name_a_missing_input_before_anything_starts(attached_inputs, cli, name, path):
     remove(attached_inputs / path)
     for command in ("doctor", "series"):
@@ -82,9 +86,9 @@ def test_no_competition_is_no_fault_off_kaggle(attached_inputs):
 def test_parts_that_have_not_run_are_named(attached_inputs):
     from promptrec.profiles import find_result
 
-    profile = get_profile(T4X2)
-    assert "run Part 1, or attach its output" in refusal(find_result, profile, "training_data.csv")
-    assert "run Part 2, or attach its output" in refusal(find_result, profile, "adapter")
+    for profile in map(get_profile, MODEL):
+        assert "run Part 1, or attach its output" in refusal(find_result, profile, "training_data.csv")
+        assert "run Part 2, or attach its output" in refusal(find_result, profile, "adapter")
 
 
 # --- models that are not whole
@@ -95,6 +99,28 @@ def test_truncated_weights(attached_inputs):
     weights.write_bytes(weights.read_bytes()[: 2**20])
     line = refusal(load_model, get_profile(T4X2).base_model)
     assert GEMMA_HF in line and "copy or attach it again" in line
+
+
+LOAD_PRESET = """
+import sys
+from promptrec.errors import InputError
+from promptrec.rewriters.keras_gemma import load_gemma
+try:
+    load_gemma(sys.argv[1], shard=False)
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("damaged", ["model.weights.h5", "assets/tokenizer/vocabulary.spm"])
+def test_a_damaged_keras_preset(attached_inputs, damaged):
+    file = attached_inputs / GEMMA_KERAS / damaged
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    environment = os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", LOAD_PRESET, str(attached_inputs / GEMMA_KERAS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    (line,) = done.stdout.splitlines()
+    assert GEMMA_KERAS in line and "copy or attach it again" in line, done.stderr[-2000:]
 
 
 def test_a_shard_that_is_not_there(attached_inputs):

@@ -1,10 +1,12 @@
 """Python imports this by itself when its folder is on PYTHONPATH: no connection leaves this machine.
 
 Attempts raise and are noted in the file NETWORK_LOG, so that one which is caught and forgotten is still seen.
+Where PROMPTREC_ABSENT is set, the promptrec installed from this clone cannot be imported.
 """
 
 import os
 import socket
+import sys
 
 LOCAL = ("127.", "localhost", "::1", "0.0.0.0")
 
@@ -35,3 +37,6 @@ if "NETWORK_LOG" in os.environ:
     socket.socket.connect = _guarded(socket.socket.connect)
     socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
     socket.getaddrinfo = _resolve
+
+if "PROMPTREC_ABSENT" in os.environ:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "promptrec" not in getattr(finder, "__module__", "")]

@@ -1,0 +1,393 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # From embedding to prompt
+#
+# **Predict where the prompt lies in the scorer's embedding space, then find a string that lands there. No language
+# model, no GPU.**
+#
+# | | |
+# |---|---|
+# | accelerator | none |
+# | time | about a minute and a half on two CPU cores; less when the texts have been embedded before |
+# | reads | the shipped triples and prompts; `benchmarks/recover.json`, where the clone has it |
+# | writes | `embedding-answers.csv`: what each way answered, with its manifest |
+# | prerequisites | {doc}`../3-evaluate` |
+
+# %% [markdown]
+# ## The idea
+#
+# A language model that recovers a prompt writes words, and only then a scorer turns them into a vector and compares.
+# But the words are not what counts. One can predict the *vector* straight away, which is a regression and quick to
+# learn, and worry about the words afterwards.
+#
+# ```{image} ../../images/recovery.svg
+# :alt: The way of a row from its two texts to an answer: features of the pair, heads that weigh a bank of prompts, the posterior, prompts joined for the highest expected score, a search that may go on word by word.
+# :width: 100%
+# ```
+#
+# :::{warning}
+# Here the scorer is MiniLM, a proxy, and the rewrites were written by other models than Gemma. Figures on real Gemma
+# rewrites come at the end, from a benchmark whose results are part of the repository.
+# :::
+
+# %% [markdown]
+# ## Set-up
+
+# %%
+from promptrec.doctor import devices
+from promptrec.profiles import activate, describe, get_profile, override
+from promptrec.tables import versions
+
+profile = activate(get_profile())
+print("profile:", profile.name, "-", profile.where)
+print("devices:", devices())
+print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
+
+# %%
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from promptrec import plots
+from promptrec.comparison import interval
+from promptrec.data import shipped_triples
+from promptrec.embedding import DecodingSettings, EmbeddingRecoverer, RetrievalRecoverer, join_prompts
+from promptrec.inference import best_constant
+from promptrec.predictor import PredictorSettings, choose
+from promptrec.prompt_bank import shipped_prompts
+from promptrec.scoring import get_scorer, scs
+from promptrec.tables import write_manifest, write_table
+from promptrec.text_features import came_words, words
+
+pd.set_option("display.max_colwidth", 110)
+started = time.time()
+
+# %% [markdown]
+# ## Configuration
+#
+# * **train_rows**, **test_rows**: shipped triples to fit on, and held-out ones to answer. They share neither originals
+#   nor prompt clusters.
+# * **folds**, **most_steps**: how the network is trained; `promptrec recover` uses more of both.
+# * **evaluations**: strings a row that the search at the end may encode, on `searched_rows` rows.
+
+
+# %%
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How much is fitted, answered and searched."""
+
+    train_rows: int = 900
+    test_rows: int = 150
+    folds: int = 2
+    most_steps: int = 100
+    searched_rows: int = 24
+    evaluations: int = 150
+    benchmark: str = "../../benchmarks/recover.json"
+    seed: int = 0
+
+
+settings = override(DecodeSettings(), seed=0)
+print(describe(settings))
+
+# %%
+scorer = get_scorer("minilm")
+train, test = (
+    shipped_triples([split]).sample(frac=1, random_state=settings.seed).head(rows).reset_index(drop=True)
+    for split, rows in (("train", settings.train_rows), ("test", settings.test_rows))
+)
+truth = scorer.encode(test["rewrite_prompt"].tolist())  # [n, d]
+records, answers = {}, {}
+
+
+def keep(name: str, vectors: np.ndarray, texts: list[str] | None = None) -> pd.DataFrame:
+    """Note what a way of answering scores (unit vectors [n, d]); return all that was noted so far."""
+    mean, low, high = interval(scs(vectors, truth), test["prompt_cluster"])
+    records[name] = {"mean": mean, "low": low, "high": high}
+    if texts is not None:
+        answers[name] = texts
+    return pd.DataFrame.from_dict(records, orient="index").round(4)
+
+
+print(f"{len(train)} training triples, {len(test)} test triples, {len(shipped_prompts()):,} more prompts for the bank")
+
+# %% [markdown]
+# ## What gives a prompt away
+#
+# The rewritten text holds the original and the prompt, mixed. Four things help to part them again; together they are
+# the *features* of a pair (`promptrec.text_features`):
+#
+# * the **residual**: a ridge regression predicts the embedding of the rewrite from that of the original; what it cannot
+#   explain is due to the prompt. Taken at several layers of the encoder, because early layers know words and layout;
+# * the **words that came** and those that went, the rarest of them, embedded as a text of their own;
+# * **style counts**: lengths, lines, bullets, punctuation, pronouns, in both texts;
+# * the two texts as they are, because a prompt often *resembles* what it produced: a pirate's text is near the word
+#   "pirate".
+
+# %%
+row = test.iloc[3]
+rarity = Counter(word for text in train["rewritten_text"] for word in set(words(text)))
+(came,) = came_words([row["original_text"]], [row["rewritten_text"]], rarity, len(train))
+print("asked:", row["rewrite_prompt"])
+print("came: ", came)
+
+# %% [markdown]
+# ## From features to a belief
+#
+# The prediction is not one vector but a **weight for each prompt of a bank**, here the training prompts and the shipped
+# list. A small network turns the features into a query, compares it with every prompt of the bank, adds how much the
+# prompt resembles the texts, and takes a softmax: attention, with the bank as keys and values. What it predicts is the
+# weighted mean of the bank's embeddings.
+#
+# Two things make it work. It is trained on the score itself: the loss is $-\cos^3$ between that mean and the true
+# prompt's embedding. And in training **every prompt near the true one is hidden** from the bank, as it will be when the
+# prompt is new; otherwise the network learns to look prompts up. A second, small term of the loss spreads the weights by
+# likeness to the true prompt, so that they can be read as probabilities.
+
+# %%
+recoverer = EmbeddingRecoverer(
+    scorer,
+    bank=shipped_prompts()["rewrite_prompt"],
+    settings=PredictorSettings(folds=settings.folds, most_steps=settings.most_steps, seed=settings.seed),
+).fit(train)
+posterior = recoverer.posterior(test)
+vectors = posterior.vectors  # [n, d]: the weighted means, as unit vectors
+print(f"{posterior.weights.shape[1]:,} prompts in the bank; fitted in {recoverer.seconds['fit']:.0f} s")
+
+# %%
+best = posterior.weights[3].argsort()[::-1][:6]
+print("asked:   ", row["rewrite_prompt"])
+for place in best:
+    print(f"  {posterior.weights[3, place]:.3f}  {recoverer.bank[place]}")
+keep("predicted vector", vectors)
+
+# %% [markdown]
+# Beside it, what any method has to beat, and the floor of this family: plain ridge regression to the prompt's embedding
+# and the bank's prompt nearest to it.
+
+# %%
+constant = best_constant(train["rewrite_prompt"].tolist(), scorer)
+keep("best constant", scorer.encode([constant] * len(test)), [constant] * len(test))
+ridge = RetrievalRecoverer(scorer, bank=shipped_prompts()["rewrite_prompt"]).fit(train)
+retrieved = ridge.recover(test)
+keep("ridge, nearest prompt", scorer.encode(retrieved), retrieved)
+
+# %% [markdown]
+# ## Knowing how good an answer will be
+#
+# Each head was trained without one fold of the prompt clusters. On that fold one sees what a posterior *claims* (its own
+# mean score of its mean vector) and what it *reached*; a rising curve through these pairs turns claims into expected
+# scores. The test rows below had no part in it.
+
+
+# %%
+def calibration(expected: np.ndarray, reached: np.ndarray, bins: int = 5) -> Figure:
+    """Rows grouped by expected score: what the groups expected and what they reached."""
+    groups = np.array_split(np.argsort(expected, kind="stable"), bins)
+    x, y = ([values[group].mean() for group in groups] for values in (expected, reached))
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+        axes = figure.subplots()
+        top = 1.05 * max(*x, *y)
+        axes.plot([0, top], [0, top], color=plots.GREY, linestyle=":", label="expected = reached")
+        axes.scatter(expected, reached, s=10, color=plots.GREY, alpha=0.4, label="a row")
+        axes.plot(x, y, color=plots.PALETTE[0], marker="o", label=f"{bins} groups of rows")
+        axes.set(xlabel="expected SCS", ylabel="reached SCS", xlim=(0, 1.3 * max(x)), ylim=(-0.02, 1.8 * max(y)))
+        axes.legend(loc="upper left")
+    told = ", ".join(f"{one:.3f} expected and {two:.3f} reached" for one, two in zip(x, y))
+    return plots.alt_text(figure, f"Expected against reached score of the predicted vector, rows in groups: {told}.")
+
+
+calibration(posterior.expected, scs(vectors, truth))
+
+# %% [markdown]
+# Single rows scatter widely, groups should lie near the line. It is what tells the easy rows from the hopeless ones
+# before anything is submitted.
+#
+# ## Choosing: not the nearest, the best on average
+#
+# Which prompt of the bank is the best answer? The one **nearest** to the predicted vector is the obvious choice. The
+# right one is the prompt with the highest *mean score over what the true prompt may be*: minimum Bayes risk. As the
+# cube rewards being very near to something, it prefers a prompt that is right for some of the candidates to one that is
+# half right for all.
+
+# %%
+by_nearness = [recoverer.bank[place] for place in (vectors @ recoverer.vectors.T).argmax(1)]
+by_risk = [recoverer.bank[place] for place in choose(posterior, recoverer.vectors)]
+keep("nearest prompt", scorer.encode(by_nearness), by_nearness)
+keep("minimum Bayes risk", scorer.encode(by_risk), by_risk)
+
+# %% [markdown]
+# The choice itself is a line: weights times the cubed cosines of bank and candidates.
+
+# %%
+values = posterior.weights @ (recoverer.vectors @ recoverer.vectors.T) ** 3  # [n, bank]
+assert (values.argmax(1) == choose(posterior, recoverer.vectors)).all()
+print("expected by the choice:", values.max(1).mean().round(4), " by the nearest:",
+      values[np.arange(len(values)), (vectors @ recoverer.vectors.T).argmax(1)].mean().round(4))  # fmt: skip
+
+# %% [markdown]
+# ## Joining prompts
+#
+# One prompt is a poor way to say "probably a letter, perhaps a diary, in a sad tone". Two prompts in a row say more: the
+# encoder averages over all tokens, so the text lands between them. Greedily: of the prompts that point where the expected
+# score rises, join each of the most promising to the answer, **encode the joined text itself**, and keep the best if it
+# is expected to score more.
+
+
+# %%
+def join_once(text: str, number: int, tried: int = 24) -> tuple[str, float]:
+    """The best join of one more prompt to the answer of row `number`, and what is expected of it."""
+    here = scorer.encode([text])
+    wanted = ((here @ posterior.bank.T) ** 2 * posterior.weights[number]) @ posterior.bank  # where the score rises
+    wanted /= np.linalg.norm(wanted)
+    missing = wanted - (wanted @ here.T) * here + 0.3 * wanted
+    options = [f"{text} {recoverer.bank[place]}" for place in np.argsort(-(missing @ recoverer.vectors.T)[0])[:tried]]
+    expected = posterior.value(number, scorer.encode([text, *options]))
+    return ([text, *options][expected.argmax()], expected.max())
+
+
+text = by_risk[3]
+print(f"{posterior.value(3, scorer.encode([text]))[0]:.4f}  {text}")
+for _ in range(3):
+    text, expected = join_once(text, 3)
+    print(f"{expected:.4f}  {text}")
+
+# %%
+decoding = DecodingSettings()
+joined, joined_vectors = join_prompts(posterior, recoverer.bank, recoverer.vectors, scorer, decoding)
+keep("joined prompts", joined_vectors, joined)
+
+# %% [markdown]
+# ## Searching on, word by word
+#
+# From the joined prompts the gradient search of {doc}`mean-prompts` can go on; its objective is the row's posterior
+# instead of all prompts. It is exact and it rises, and it is slow: over a second a row for 100 evaluations on one core.
+# That is why it is a setting (`DecodingSettings.evaluations`) and off by default.
+
+# %%
+few = min(settings.searched_rows, len(test))
+part = replace(posterior, weights=posterior.weights[:few], expected=posterior.expected[:few])
+began, recoverer.decoding = time.time(), DecodingSettings(evaluations=settings.evaluations)
+searched = recoverer.decode(part)
+seconds = time.time() - began
+rows = {
+    name: {
+        "expected": float(np.mean([part.value(at, scorer.encode([text]))[0] for at, text in enumerate(texts[:few])])),
+        "reached": float(scs(scorer.encode(texts[:few]), truth[:few]).mean()),
+        "words": float(np.mean([len(text.split()) for text in texts[:few]])),
+    }
+    for name, texts in {"best prompt": by_risk, "joined": joined, "searched on": searched}.items()
+}
+print(f"{few} rows, {seconds / few:.1f} s a row")
+pd.DataFrame.from_dict(rows, orient="index").round(4)
+
+# %% [markdown]
+# ## What is lost on the way from vector to string
+#
+# How near does the string come to the vector, and what does that cost?
+
+
+# %%
+def kept(nearness: dict[str, np.ndarray]) -> Figure:
+    """Histograms of the cosine between the predicted vector and each kind of string."""
+    with matplotlib.rc_context(plots.STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        edges = np.linspace(0.3, 1, 36)
+        for (name, values), colour, line in zip(nearness.items(), plots.PALETTE, ("-", "--", "-.")):
+            axes.hist(values, edges, histtype="step", color=colour, linestyle=line, linewidth=1.8,
+                      label=f"{name} (mean {values.mean():.2f})")  # fmt: skip
+        axes.set(xlabel="cosine of the string with the predicted vector", ylabel="rows")
+        axes.legend(loc="upper left")
+    told = ", ".join(f"{name} {values.mean():.3f}" for name, values in nearness.items())
+    return plots.alt_text(figure, f"Histograms of the cosine between string and predicted vector; means: {told}.")
+
+
+kept({name: (vectors * scorer.encode(texts)).sum(1)
+      for name, texts in {"nearest prompt": by_nearness, "best prompt": by_risk, "joined": joined}.items()})  # fmt: skip
+
+# %%
+summary = pd.DataFrame.from_dict(records, orient="index").rename_axis("method").reset_index()
+plots.method_intervals(summary)
+
+# %% [markdown]
+# The vector stays ahead of every string. If what a string misses of the vector had nothing to do with the truth, a string
+# at cosine $c$ would keep $c^3$ of the vector's score. Whole prompts keep more than that, because they miss in directions
+# in which real prompts lie; that is the reason for choosing by the posterior and not by nearness.
+#
+# ### Five answers
+#
+# As they came, good and bad:
+
+# %%
+shown = np.linspace(0, len(test) - 1, 5).astype(int)
+for number in shown:
+    reached = float(scorer.scs([joined[number]], [test["rewrite_prompt"][number]])[0])
+    print(f"asked:     {test['rewrite_prompt'][number]}")
+    print(f"answered:  {joined[number]}")
+    print(f"           expected {posterior.expected[number]:.2f} of the vector, reached {reached:.2f}\n")
+
+# %% [markdown]
+# ## On real rewrites by Gemma
+#
+# `benchmarks/recover.py` measures the same on 582 rewrites that Gemma really wrote, with prompts of other people, fitted
+# on the shipped triples alone. That data is not part of the repository, its results are.
+
+# %%
+path = Path(settings.benchmark)
+report = json.loads(path.read_text()) if path.is_file() else None
+if report is None:
+    print("skipped: no", path)
+else:
+    told = report["results"]["shipped"]
+    names = ["vector", "string", "bank_prompt_by_bayes_risk", "bank_prompt_nearest", "ridge_retrieval", "ridge_vector",
+             "best_constant_in_hindsight", "predictions", "blend_string", "bank_prompt_by_oracle"]  # fmt: skip
+    real = pd.DataFrame({name: told[name] for name in names if name in told}).T[["mean", "low", "high"]]
+    print(f"n = {report['n']}, {report['prompts']} prompts; scorer {report['scorer']}; {report['interval']}")
+    display(real.round(3))
+
+# %% [markdown]
+# *predictions* are the answers of Mistral-7B, asked without examples, on the same rows; *blend* uses them as evidence.
+# The *oracle* picks the bank's best prompt by looking at the truth: no choice among these prompts can beat it. And
+# *best constant in hindsight* is one prompt for all rows, chosen on the very rows it answers.
+#
+# What holds the figure back? Two views of the same run: how it grows with the training set, and how it depends on
+# whether the bank has anything like the true prompt.
+
+# %%
+if report is not None:
+    curve = pd.DataFrame(told["learning_curve"]).round(4)
+    display(curve[["train_rows", "mean", "low", "high"]])
+    display(pd.DataFrame(told["by_nearest_bank_prompt"]).round(3))
+
+# %% [markdown]
+# ## What was written
+
+# %%
+out = Path(profile.out)
+table = test[["id"]].assign(**{name: texts for name, texts in answers.items() if len(texts) == len(test)})
+write_table(table, out / "embedding-answers.csv")
+write_manifest(
+    out / "embedding-answers.csv", started=started, profile=profile.name, seed=settings.seed, rows=len(table),
+    settings=settings, scorer=scorer.name,
+)  # fmt: skip
+print(f"{out / 'embedding-answers.csv'}: {len(table)} rows")

@@ -1,0 +1,247 @@
+"""Predict a prompt from pair features: heads that weigh a bank of prompts, calibrated on prompt clusters left out.
+
+A head attends over the bank's embeddings and is trained for the cos^3 of what it finds, with every prompt near the true
+one hidden, so that it learns to place prompts that no bank holds. The predictor knows no texts: features come from
+text_features.py, strings from embedding.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from promptrec.scoring import scs, unit
+from promptrec.search_space import Objective
+from promptrec.splits import SAME_PROMPT
+
+
+@dataclass(frozen=True)
+class PredictorSettings:
+    """How the heads are trained: one without each fold of prompt clusters, which calibrates it, and one on all rows.
+
+    The second term of the loss spreads the weights over the bank's prompts by their likeness to the true one: without
+    it the weighted mean is right and the weights are not, and answers are chosen by the weights.
+    """
+
+    folds: int = 4
+    epochs: int = 12
+    most_steps: int = 300  # of a head, however many rows there are
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    hidden: int = 512
+    dropout: float = 0.6
+    input_dropout: float = 0.5
+    likeness_weight: float = 0.1
+    likeness_sharpness: float = 20.0  # of the softmax over cosines
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What is believed of each row's prompt: weights [n, b] over a bank of unit vectors [b, d].
+
+    `expected` [n] is the SCS that the weights' mean direction is expected to reach, calibrated on prompt clusters that
+    the predicting head never saw.
+    """
+
+    weights: np.ndarray
+    bank: np.ndarray
+    expected: np.ndarray
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """Mean direction of each row's belief, unit length, [n, d]."""
+        return unit(self.weights @ self.bank)
+
+    def value(self, row: int, candidates: np.ndarray) -> np.ndarray:
+        """Mean SCS of candidates [c, d] under one row's belief, [c]: what ranks them, uncalibrated."""
+        return (candidates @ self.bank.T) ** 3 @ self.weights[row]
+
+    def values(self, candidates: np.ndarray) -> np.ndarray:
+        """Mean SCS of the same candidates [c, d] under every row's belief, [n, c]."""
+        return self.weights @ ((self.bank @ candidates.T) ** 3)
+
+    def slopes(self, vectors: np.ndarray) -> np.ndarray:
+        """Directions [n, d] in which each row's own vector [n, d] gains most mean SCS, unit length."""
+        return unit(((vectors @ self.bank.T) ** 2 * self.weights) @ self.bank)
+
+    def expected_scs(self, candidates: np.ndarray) -> np.ndarray:
+        """Calibrated expected SCS of candidates [c, d] for every row, [n, c]."""
+        own = np.maximum(_claimed(self.weights, self.bank), 1e-9)
+        return (self.expected / own)[:, None] * self.values(candidates)
+
+    def objective(self, row: int, targets: int = 300) -> Objective:
+        """One row's belief as a search's objective: its heaviest targets."""
+        heavy = np.argsort(-self.weights[row], kind="stable")[:targets]
+        return Objective(self.bank[heavy], self.weights[row, heavy])
+
+
+def _claimed(weights: np.ndarray, bank: np.ndarray) -> np.ndarray:
+    """Mean SCS of each row's mean direction under its own weights, [n]: what an uncalibrated posterior claims."""
+    return (weights * (unit(weights @ bank) @ bank.T) ** 3).sum(1)
+
+
+def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:
+    """Minimum-Bayes-risk choice: for each row the candidate [c, d] with the highest expected SCS, as an index [n]."""
+    return posterior.values(candidates).argmax(1)
+
+
+def blend(posterior: Posterior, answers: np.ndarray, trust: float) -> Posterior:
+    """The posterior after another method's answers (unit embeddings [n, d]): prompts like them weigh exp(trust * cos) more.
+
+    `expected` stays as it was, because nothing is known of how good the answers are.
+    """
+    weights = posterior.weights * np.exp(trust * (answers @ posterior.bank.T))
+    return replace(posterior, weights=weights / weights.sum(1, keepdims=True))
+
+
+def _head(inputs: int, directions: int, given: int, width: int, settings: PredictorSettings):
+    """Flat features [n, f] and directions [n, k, e] -> weights [n, b] over a bank of embeddings [b, d]."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import normalize
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Dropout(settings.input_dropout),
+                nn.Linear(inputs, settings.hidden),
+                nn.GELU(),
+                nn.LayerNorm(settings.hidden),
+                nn.Dropout(settings.dropout),
+                nn.Linear(settings.hidden, width),
+            )
+            self.key = nn.Linear(width, width)
+            self.turns = nn.ModuleList(nn.Linear(given, width, bias=False) for _ in range(directions))
+            # at first a prompt resembles what it produced, and nothing is known of the original
+            self.shares = nn.Parameter(torch.tensor([0.0, 0.3, 0.0, *[0.3] * directions][:directions]))
+            self.sharpness = nn.Parameter(torch.tensor(2.5))
+            for layer in (self.key, *self.turns):
+                nn.init.eye_(layer.weight)
+
+        def forward(self, flat, directions, bank, hidden=None):
+            asked = normalize(self.body(flat), dim=-1) @ normalize(self.key(bank), dim=-1).T
+            turned = [normalize(turn(directions[:, place]), dim=-1) for place, turn in enumerate(self.turns)]
+            met = sum(share * one for share, one in zip(self.shares, turned, strict=True)) @ bank.T
+            scores = (asked + met) * self.sharpness.exp()
+            return (scores if hidden is None else scores.masked_fill(hidden, -1e4)).softmax(-1)
+
+    return Head()
+
+
+class PromptPredictor:
+    """Heads that weigh a bank of prompts by pair features, averaged."""
+
+    def __init__(self, settings: PredictorSettings | None = None) -> None:
+        self.settings, self.heads = settings or PredictorSettings(), []
+
+    def fit(
+        self, flat: np.ndarray, directions: np.ndarray, prompts: np.ndarray, bank: np.ndarray, clusters: np.ndarray
+    ) -> PromptPredictor:
+        """Fit to prompt embeddings [n, d] with a bank [b, d]; rows of one cluster are in one fold."""
+        self.bank, self.shape, self.heads = bank, (flat.shape[1], *directions.shape[1:], bank.shape[1]), []
+        folds = np.random.default_rng(self.settings.seed).integers(self.settings.folds, size=clusters.max() + 1)[
+            clusters
+        ]
+        importance = 1 / np.sqrt(np.bincount(clusters)[clusters])  # many rows of one prompt say little more than one
+        claimed, reached = np.zeros(len(prompts)), np.zeros(len(prompts))
+        for fold in range(self.settings.folds):
+            inside, outside = folds != fold, folds == fold
+            if not inside.any():
+                inside = outside
+            self.heads.append(self._train(flat[inside], directions[inside], prompts[inside], importance[inside], fold))
+            if outside.any():
+                hidden = prompts[outside] @ bank.T >= SAME_PROMPT
+                weights = self._ask(self.heads[-1:], flat[outside], directions[outside], hidden)
+                claimed[outside] = _claimed(weights, bank)
+                reached[outside] = scs(unit(weights @ bank), prompts[outside])
+        self._calibrate(claimed, reached)
+        self.heads.append(self._train(flat, directions, prompts, importance, self.settings.folds))
+        return self
+
+    def predict(self, flat: np.ndarray, directions: np.ndarray) -> Posterior:
+        """The posterior of each row."""
+        weights = self._ask(self.heads, flat, directions)
+        return Posterior(
+            weights, self.bank, np.interp(_claimed(weights, self.bank), *self.calibration).astype(np.float32)
+        )
+
+    def _train(self, flat, directions, prompts, importance, fold):
+        import torch
+
+        settings, rows = self.settings, len(flat)
+        torch.manual_seed(settings.seed * 100 + fold)
+        head, bank = _head(*self.shape, settings), torch.from_numpy(self.bank)
+        flat, directions, prompts = map(torch.from_numpy, (flat, directions, prompts))
+        importance = torch.from_numpy(importance.astype(np.float32))
+        optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+        size = min(settings.batch_size, rows)
+        steps = max(min(settings.epochs * (rows // size), settings.most_steps), 2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, total_steps=steps, pct_start=max(0.1, 1.1 / steps)
+        )
+        for step in range(steps):
+            if step % (rows // size) == 0:
+                order = torch.randperm(rows)
+            batch = order[step % (rows // size) * size :][:size]
+            share, alike = importance[batch] / importance[batch].sum(), prompts[batch] @ bank.T
+            hidden = alike >= SAME_PROMPT
+            weights = head(flat[batch], directions[batch], bank, hidden)
+            found = torch.nn.functional.normalize(weights @ bank, dim=-1)
+            wanted = (settings.likeness_sharpness * alike).masked_fill(hidden, -1e4).softmax(-1)
+            gain = (found * prompts[batch]).sum(-1) ** 3
+            gain = gain + settings.likeness_weight * (wanted * (weights + 1e-9).log()).sum(-1)
+            optimizer.zero_grad()
+            (-(gain * share).sum()).backward()
+            optimizer.step()
+            schedule.step()
+        return head.eval()
+
+    def _ask(self, heads, flat, directions, hidden=None, block: int = 512) -> np.ndarray:
+        """Mean weights of the heads, [n, bank]."""
+        import torch
+
+        weights, bank = [], torch.from_numpy(self.bank)
+        with torch.inference_mode():
+            for start in range(0, len(flat), block):
+                part = slice(start, start + block)
+                mask = None if hidden is None else torch.from_numpy(hidden[part])
+                given = torch.from_numpy(flat[part]), torch.from_numpy(directions[part]), bank, mask
+                weights.append((sum(head(*given) for head in heads) / len(heads)).numpy())
+        return np.concatenate(weights)
+
+    def _calibrate(self, claimed: np.ndarray, reached: np.ndarray) -> None:
+        """A rising curve from the SCS that a posterior claims to the one it reached on unseen clusters."""
+        from sklearn.isotonic import IsotonicRegression
+
+        grid = np.quantile(claimed, np.linspace(0, 1, 41))
+        curve = IsotonicRegression(out_of_bounds="clip").fit(claimed, reached)
+        self.calibration = np.stack([grid, np.maximum(curve.predict(grid), 1e-4)]).astype(np.float32)
+        self.held_out = float(reached.mean())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything fitted, as arrays."""
+        arrays = {"bank": self.bank, "shape": np.array(self.shape), "calibration": self.calibration}
+        arrays["held_out"] = np.array(self.held_out)
+        for number, head in enumerate(self.heads):
+            arrays |= {f"head{number}.{key}": value.numpy() for key, value in head.state_dict().items()}
+        return arrays
+
+    @classmethod
+    def load(cls, arrays: dict[str, np.ndarray], settings: PredictorSettings) -> PromptPredictor:
+        """The predictor that `state` came from."""
+        import torch
+
+        self = cls(settings)
+        self.bank, self.shape = arrays["bank"], tuple(arrays["shape"].tolist())
+        self.calibration, self.held_out = arrays["calibration"], float(arrays["held_out"])
+        for number in range(settings.folds + 1):
+            mark = f"head{number}."
+            weights = {key.removeprefix(mark): value for key, value in arrays.items() if key.startswith(mark)}
+            head = _head(*self.shape, settings)
+            head.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
+            self.heads.append(head.eval())
+        return self

@@ -1,0 +1,136 @@
+"""What a search may try next: edits of a string's units, ranked by the encoder's gradient.
+
+Does not decide: see token_search.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from promptrec.scoring import unit
+from promptrec.search_encoders import PLACEHOLDER
+
+if TYPE_CHECKING:
+    from promptrec.search_space import Objective
+    from promptrec.token_search import SearchRow
+
+Edit = tuple[int, int, tuple[str, ...]]  # units[start:stop] become these
+Edits = tuple[Edit, ...]  # a candidate
+
+
+def edited(units: Sequence[str], edits: Iterable[Edit]) -> list[str]:
+    """Units after edits, which are applied from the right so that positions stay true."""
+    units = list(units)
+    for start, stop, new in sorted(edits, reverse=True):
+        units[start:stop] = new
+    return units
+
+
+def swap(units: Sequence[str], first: int, second: int) -> Edits:
+    """Two units change places."""
+    return ((first, first + 1, (units[second],)), (second, second + 1, (units[first],)))
+
+
+def unions(
+    objective: Objective,
+    base: np.ndarray,
+    candidates: Sequence[Edits],
+    vectors: np.ndarray,
+    longer: np.ndarray,
+    room: int,
+    sizes: Sequence[int] = (2, 3, 4, 6, 8, 12, 16),
+) -> list[Edits]:
+    """Unions of candidates that should score best together, if what each does to the embedding [d] adds up.
+
+    Greedy, from the candidates' own embeddings [n, d]. Most edits move the string a little towards the objective and more
+    to some side; several whose sides cancel rise where none of them does. Edits of one union touch different places with
+    different units, and make the string at most `room` tokens longer (each edit by `longer` [n]).
+    """
+    steps, total, free, reached = vectors - base, base, np.ones(len(candidates), bool), -np.inf
+    touched = [{(start, stop) for start, stop, _ in edits if stop > start} for edits in candidates]
+    brought = [{units for _, _, units in edits if units} for edits in candidates]
+    union, found = (), []
+    for count in range(1, sizes[-1] + 1):
+        values = np.where(free & (longer <= room), objective.value(unit(total + steps)), -np.inf)
+        top = int(values.argmax())
+        if values[top] <= reached:
+            break
+        reached, total, room, union = values[top], total + steps[top], room - longer[top], union + candidates[top]
+        free &= [not (touched[top] & other or brought[top] & new) for other, new in zip(touched, brought, strict=True)]
+        free[top] = False
+        if count in sizes:
+            found.append(union)
+    return found
+
+
+def ranked_moves(row: SearchRow, units: list[str]):
+    """Moves by kind, each kind's best estimate first, from one backward pass through the string and a few copies of it.
+
+    Where g is the gradient at a token x, a unit v in its place is estimated to gain (v - x) . g. The same number ranks
+    insertions beside x; and, taken at the second of two x in a copy that doubles x, insertions there. An estimate from a
+    real token is far better than one from a mask or a mean embedding, which lead into a corner that no text is in.
+    """
+    words, count = row.units, len(units)
+    ids = [words.ids(each) for each in units] or [(PLACEHOLDER,)]
+    doubled = row.random.choice(count, min(count, row.settings.places), replace=False).tolist()
+    copies = [ids, *([*ids[:at], ids[at], *ids[at:]] for at in doubled)]
+    vectors, slopes = yield "gradient", [[index for token_ids in copy for index in token_ids] for copy in copies]
+    row.gradients += len(copies)
+    values = row.objective.value(vectors)
+    ends = np.cumsum([0, *map(len, ids)]).tolist()
+    old = np.stack([words.mean_embedding(each) for each in ids])
+    here = [slopes[0][ends[at] : ends[at + 1]].sum(0) for at in range(len(ids))]
+    there = [
+        slope[ends[at + 1] : 2 * ends[at + 1] - ends[at]].sum(0) for at, slope in zip(doubled, slopes[1:], strict=True)
+    ]
+    beside = (np.arange(len(ids)) + row.random.integers(2, size=len(ids))).clip(max=count).tolist()
+    moves = {
+        "insert": _best(row, here, old, np.zeros(len(ids)), [(at, at) for at in beside]),
+        "double": _best(row, there, old[doubled], values[1:] - values[0], [(at + 1, at + 1) for at in doubled]),
+        "replace": _best(row, here, old, np.zeros(len(ids)), [(at, at + 1) for at in range(count)]),
+    }
+    if count > 1:
+        moves["delete"] = [((at, at + 1, ()),) for at in row.random.permutation(count).tolist()]
+        pairs = (row.random.choice(count, 2, replace=False).tolist() for _ in range(row.settings.candidates))
+        moves["swap"] = [swap(units, *sorted(pair)) for pair in pairs]
+    return moves
+
+
+def _best(row: SearchRow, pulls: list, old: np.ndarray, base: np.ndarray, places: list[tuple[int, int]]) -> list[Edits]:
+    """Units into places by estimated gain; no unit more than twice, no place with more than a quarter of a step."""
+    words, top = row.units, min(row.settings.candidates, len(row.units.words))
+    if not places:
+        return []
+    pulls = np.stack(pulls[: len(places)])
+    gains = pulls @ words.vectors.T + (base - (pulls * old).sum(1))[: len(places), None]  # [places, V]
+    best = np.argpartition(-gains, top - 1, axis=1)[:, :top]
+    place, rank = np.unravel_index(
+        np.argsort(-np.take_along_axis(gains, best, 1), axis=None, kind="stable"), best.shape
+    )
+    chosen, often = [], Counter()
+    for at, word in zip(place.tolist(), best[place, rank].tolist(), strict=True):
+        if often["place", at] < max(2, row.settings.candidates // 4) and often["unit", word] < 2:
+            often.update([("place", at), ("unit", word)])
+            chosen.append(((*places[at], (words.words[word],)),))
+    return chosen
+
+
+def shared_out(
+    row: SearchRow, units: list[str], tally: dict[str, np.ndarray], moves: dict[str, list[Edits]]
+) -> dict[Edits, str]:
+    """A step's candidates: of each kind the best that are new and allowed, in proportion to how often its moves rose."""
+    rates = {kind: tally[kind][0] / tally[kind][1] for kind in moves}
+    chosen: dict[Edits, str] = {}
+    for kind, ranked in moves.items():
+        quota = len(chosen) + max(1, round(row.settings.candidates * rates[kind] / sum(rates.values())))
+        for edits in ranked:
+            if len(chosen) >= quota:
+                break
+            text = row.units.join(edited(units, edits))
+            if text not in row.known and row.units.allows(text):
+                chosen[edits] = kind
+    return chosen

@@ -1,0 +1,74 @@
+"""The notebooks beyond the series: they run from top to bottom, small, and with a sentence-t5 where they look for one."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from promptrec.profiles import get_profile
+from promptrec.series import execute_notebook
+
+BEYOND = Path(__file__).resolve().parents[1] / "notebooks" / "beyond"
+SMALL = {
+    "MeanPromptSettings.prompts": 90,
+    "MeanPromptSettings.evaluations": 60,
+    "MeanPromptSettings.short_search": 40,
+    "MeanPromptSettings.steps": 2,
+    "MeanPromptSettings.sizes": [10],
+    "MeanPromptSettings.probes": 4,
+    "MetricSettings.prompts": 90,
+    "MetricSettings.answers": 3,
+    "MetricSettings.drawn": 2,
+    "MetricSettings.checked": 4,
+    "MetricSettings.pairs": 12,
+    "MetricSettings.evaluations": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def sentence_t5(tmp_path_factory) -> Path:
+    """The tiny Hugging Face sentence-t5 alone; its SavedModel would cost an import of TensorFlow."""
+    from tiny_t5 import _sentence_transformer
+
+    return _sentence_transformer(tmp_path_factory.mktemp("t5"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """function(notebook, settings) -> (all that it printed or showed as text, its output folder)."""
+
+    def execute(name: str, **settings) -> tuple[str, Path]:
+        monkeypatch.setenv("PROMPTREC_SETTINGS", json.dumps(SMALL | settings))
+        path = execute_notebook(BEYOND / f"{name}.py", tmp_path / f"{name}.ipynb", get_profile("local"), tmp_path)
+        outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
+        return "\n".join(out.get("text") or out["data"]["text/plain"] for out in outputs), tmp_path
+
+    return execute
+
+
+def test_mean_prompts_runs_and_keeps_its_strings(run, sentence_t5):
+    printed, out = run("mean-prompts", **{"MeanPromptSettings.sentence_t5": str(sentence_t5)})
+    table = pd.read_csv(out / "mean-prompts.csv").set_index("method")
+    assert {"best constant", "best vector", "gradient", "greedy", "beam", "genetic", "random"} <= set(table.index)
+    assert table["searched"].idxmax() == "best vector"  # no string beats it on the prompts it was made of
+    assert table.loc["gradient", "searched"] > table.loc["best constant", "searched"]
+    assert (table["low"] <= table["mean"]).all() and (table["mean"] <= table["high"]).all()
+    assert json.loads((out / "mean-prompts.csv.manifest.json").read_text())["config"]["scorer"] == "MiniLM (proxy)"
+    assert "sentence-t5 (Hugging Face): equal weights give" in printed and "skipped" not in printed
+
+
+def test_what_the_metric_rewards_runs_and_reads_the_end_token_in_two_ways(run, sentence_t5):
+    printed, out = run("what-the-metric-rewards", **{"MetricSettings.sentence_t5": str(sentence_t5)})
+    table = pd.read_csv(out / "vocabulary-scan.csv", keep_default_na=False)
+    assert len(table) == 30_522 and (table["exact"] != "").sum() >= 8
+    assert "MiniLM (proxy), sentence-t5 (Hugging Face)" in printed and "nearest to </s>" in printed
+    assert "'lucrarea': far pairs" in printed and "skipped" not in printed
+
+
+def test_without_a_sentence_t5_the_metric_notebook_says_what_it_skips(run):
+    printed, _ = run("what-the-metric-rewards")
+    rows = [line.split() for line in printed.splitlines() if line.startswith("Rewrite this </s>")]
+    assert rows[-1][-3:] == ["1", "/", "2"]  # end tokens: SentencePiece reads one, Hugging Face two
+    assert printed.count("skipped: no sentence-t5") == 2

@@ -1,0 +1,57 @@
+"""The trainer's own parts: the order of the rows, the time budget, what counts as a checkpoint, the history."""
+
+import random
+
+import pytest
+
+from promptrec.errors import InputError
+from promptrec.sft_trainer import LengthGroupedSampler, batch_share, last_checkpoint, training_history
+
+
+def test_sampler_shows_every_row_once_and_depends_on_seed_and_epoch_only():
+    lengths = list(range(50))
+    orders = {}
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        sampler = LengthGroupedSampler(lengths, batch_size=4, seed=seed)
+        sampler.set_epoch(epoch)
+        orders[seed, epoch] = list(sampler)
+        assert sorted(orders[seed, epoch]) == lengths and list(sampler) == orders[seed, epoch]
+    assert len({tuple(order) for order in orders.values()}) == 3
+
+
+def test_batches_hold_similar_lengths():
+    lengths = random.Random(0).choices(range(20, 400), k=256)
+    order = list(LengthGroupedSampler(lengths, batch_size=8, seed=0))
+    spread = [max(batch) - min(batch) for batch in ([lengths[i] for i in order[s : s + 8]] for s in range(0, 256, 8))]
+    assert sum(spread) / len(spread) < 60  # a random order spreads over some 300 tokens
+
+
+def test_the_newest_complete_checkpoint_counts(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (4, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:  # the last one was being written when the run was killed
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path).endswith("checkpoint-20")
+
+
+def test_the_log_becomes_one_row_a_step():
+    log = [{"step": 2, "loss": 3.0, "learning_rate": 0.1}, {"step": 4, "loss": 2.0}, {"step": 4, "eval_loss": 1.5}]
+    table = training_history([*log, {"step": 4, "eval_scs": 0.6, "epoch": 1.0}])
+    assert table["step"].tolist() == [2, 4]
+    assert table.iloc[1][["loss", "eval_loss", "scs"]].tolist() == [2.0, 1.5, pytest.approx(0.6)]
+    assert table.iloc[0][["eval_loss", "scs"]].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("step", "processes", "share"),
+    [((16, 1), 1, (16, 1)), ((16, 1), 2, (8, 1)), ((1, 8), 8, (1, 1)), ((1, 8), 2, (1, 4)), ((4, 6), 4, (2, 3))],
+)
+def test_processes_together_take_the_step_of_one(step, processes, share):
+    assert batch_share(*step, processes) == share
+    assert share[0] * share[1] * processes == step[0] * step[1]
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(InputError, match="3 processes cannot share a step of 8 x 1 rows evenly"):
+        batch_share(1, 8, 3)
