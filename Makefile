@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup series test book notebooks images kaggle lint clean
+.PHONY: setup series test book notebooks bench images kaggle lint clean
 
 setup: $(READY)
 
@@ -31,6 +31,12 @@ notebooks: setup       ## run the series and commit-ready notebooks/*.ipynb from
 	rm -rf runs/local
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/promptrec series --out runs/local
 	cp runs/local/notebooks/*.ipynb notebooks/
+	rm -rf runs/local/adapter-keras
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/run_notebook.py notebooks/2-fine-tune-tpu.py notebooks/beyond/*.py
+
+bench: setup           ## the benchmarks; make bench TEST=triples.jsonl TRAIN=more.jsonl PROMPTS=prompts.txt
+	$(BIN)/python benchmarks/mean_prompt.py $(PROMPTS)
+	$(if $(TEST),$(BIN)/python benchmarks/recover.py $(TEST) --train $(TRAIN))
 
 images: setup          ## redraw the diagrams
 	$(BIN)/python images/draw.py

@@ -174,7 +174,7 @@ def mean_prompt(
     prompts: Annotated[Path, typer.Argument(help="TXT, one prompt a line; or CSV, JSONL, Parquet with rewrite_prompt")],
     out: Annotated[Path, typer.Option(help="TXT that the string goes to")],
     max_tokens: Annotated[int, typer.Option(help="of the string, special tokens included")] = 128,
-    evaluations: Annotated[int, typer.Option(help="strings to encode")] = 8000,
+    evaluations: Annotated[int, typer.Option(help="strings to encode")] = 16000,
     seconds: Annotated[float, typer.Option(help="after which the search ends all the same; 0: no limit")] = 480,
     level: Annotated[str, typer.Option(help="word (stays readable) or token")] = "word",
     probes: Annotated[Path | None, typer.Option(help="table: rewrite_prompt, score (on the leaderboard)")] = None,

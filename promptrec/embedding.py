@@ -86,7 +86,7 @@ class DecodingSettings:
     """
 
     joined: int = 5  # bank prompts that an answer may be joined of
-    tried: int = 24  # joins encoded at every step
+    tried: int = 8  # joins encoded at every step
     evaluations: int = 0  # strings a row that the gradient search encodes after that; 0 keeps whole prompts
     level: str = "word"
     max_tokens: int = 100

@@ -27,6 +27,7 @@ from promptrec.search_space import Objective, Units
 __all__ = ["Found", "MiniLMEncoder", "Objective", "SearchEncoder", "SearchSettings", "Step", "T5Encoder", "search"]
 
 LEVELS = ("word", "token")
+DROPPED = (0.01, 0.4)  # share of the units that a stuck search drops, from and to
 RISE = 1e-6  # fp32 embeddings are not exact beyond this
 
 
@@ -37,7 +38,7 @@ class SearchSettings:
     method: str = "gradient"  # or greedy, beam, genetic, random
     level: str = "word"  # "word" stays readable; "token" may use any piece of the vocabulary
     max_tokens: int = MAX_TOKENS  # of the result, special tokens included
-    evaluations: int = 8000
+    evaluations: int = 16000
     seconds: float = 0.0  # then a row ends with what it has, so that its string depends on the machine; 0: no limit
     seed: int = 0
     banned: tuple[str, ...] = ()  # words, phrases or pieces, in any case
@@ -235,7 +236,10 @@ def _gradient(row: SearchRow):
                 ]
             stuck = 0 if better != units else stuck + 1
             units = better
-        kept = row.random.random(len(row.best)) > row.random.uniform(0.01, 0.08)
+        share = np.exp(
+            row.random.uniform(*np.log(DROPPED))
+        )  # a small drop finds its way back, a large one leaves the hill
+        kept = row.random.random(len(row.best)) > share
         units = [unit for unit, keep in zip(row.best, kept, strict=True) if keep]
 
 

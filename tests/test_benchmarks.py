@@ -92,3 +92,18 @@ def test_the_curve_grows_to_the_whole_and_seconds_are_of_rows_never_seen(recover
     rows = [point["train_rows"] for point in recovery["results"]["shipped"]["learning_curve"]]
     assert rows == sorted(rows) and rows[0] < rows[-1] == recovery["results"]["shipped"]["train_rows"]
     assert recovery["seconds"]["answered_rows"] == 20 and recovery["seconds"]["fit"] > 0 < recovery["seconds"]["answer"]
+
+
+def test_the_real_size_benchmark_runs_on_the_tiny_model_and_skips_without_a_gpu(tmp_path, capsys):
+    module = benchmark("real_size")
+    sizes = ["--rows", "6", "--steps", "1", "--new-tokens", "2", "--batch-size", "3", "--max-tokens", "96"]
+    out = module.main(["--shape", "tiny", "--out", str(tmp_path / "tiny.json"), *sizes])
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert set(report["training"]) == {"ours", "ours, batches four times as large", "ancestor"}
+    for told in report["training"].values():
+        assert told["seconds_a_step"] > 0 < told["tokens_a_second"] and told["rows_a_step"] == 8
+    assert report["answering"]["ours"]["rows_a_minute"] > 0 < report["answering"]["ancestor"]["rows_a_minute"]
+    assert report["tokens_of_a_row"][-1] <= 96 and report["settings"]["quantise"]
+    if not module.torch.cuda.is_available():
+        assert module.main(["--out", str(tmp_path / "large.json")]) is None
+        assert "needs a CUDA GPU" in capsys.readouterr().out and not (tmp_path / "large.json").exists()
