@@ -77,7 +77,8 @@ started = time.time()
 # * **rows**: every method answers the same fixed sample of each test set. More rows, narrower intervals, longer run.
 # * **shots**: solved examples in the few-shot request. Each costs the tokens of two texts, on every row.
 # * **retrieval_rows**: training rows that the method without a language model is fitted on.
-# * **embedding_steps**: how long each of its three heads is trained; `promptrec recover` trains five, longer.
+# * **embedding_rows**, **embedding_steps**: what the method after that is fitted on, and how long each of its three heads
+#   is trained; `promptrec recover` trains five, longer.
 # * **time_budget**: Kaggle ends a session after nine hours. When a method's time is over, its remaining rows get a
 #   constant.
 
@@ -92,6 +93,7 @@ class EvaluationSettings:
     longest_shot: int = 40  # words of each text of a shot
     longest_text: int = 300  # words of each text that a model gets to see
     retrieval_rows: int = 1000
+    embedding_rows: int = 5000  # hand-written ones, at most; with as many others as retrieval had
     embedding_steps: int = 150  # of training, for each of three heads
     new_tokens: int = 32
     batch_size: int = 64
@@ -311,7 +313,9 @@ keep("retrieval", retrieval.recover(test), began)
 # %%
 began = time.time()
 is_written = train["test_set"] == "hand-written"
-written = pd.concat([train[is_written], fitted_on[fitted_on["test_set"] != "hand-written"]])
+written = pd.concat(
+    [train[is_written].head(settings.embedding_rows), fitted_on[fitted_on["test_set"] != "hand-written"]]
+)
 predicted = EmbeddingRecoverer(
     scorer,
     bank=train["rewrite_prompt"],

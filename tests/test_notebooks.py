@@ -31,6 +31,10 @@ SMALL = {
     "LoraSettings.evaluate_every": 4,
     "LoraSettings.validation_rows": 8,
     "LoraSettings.rank": 4,
+    "EvaluationSettings.rows": 100,
+    "EvaluationSettings.retrieval_rows": 300,
+    "EvaluationSettings.embedding_rows": 300,
+    "EvaluationSettings.embedding_steps": 20,
 }
 
 

@@ -36,6 +36,8 @@ SMALL = {
     "KerasLoraSettings.max_tokens": 128,
     "EvaluationSettings.rows": 12,
     "EvaluationSettings.retrieval_rows": 60,
+    "EvaluationSettings.embedding_rows": 60,
+    "EvaluationSettings.embedding_steps": 6,
     "EvaluationSettings.new_tokens": 8,
     "EvaluationSettings.longest_text": 15,  # words: eight virtual devices on two cores are slow
     "EvaluationSettings.longest_shot": 40,
