@@ -205,9 +205,14 @@ for i, j in random.Random(3).sample(pairs, min(4, len(pairs))):
 # Around 0.9 the two requests are the same in other words. That is the border we want: a model may know the *style* from training, but not the *wording*.
 #
 # The project's hand-written triples come with a fixed split. They are clustered together with the new prompts, and a cluster that holds one of them follows it.
+# Offline only some of those to learn from take part: the tiny model has a few minutes, and free prompts teach it little.
 
 # %%
 triples = data.shipped_triples()
+to_learn = triples[triples["split"] != "test"]
+if settings.written:
+    to_learn = to_learn.sample(min(settings.written, len(to_learn)), random_state=settings.seed)
+triples = pd.concat([to_learn, triples[triples["split"] == "test"]], ignore_index=True)
 known = pd.concat([prompts[["rewrite_prompt"]], triples[["rewrite_prompt"]]]).drop_duplicates(ignore_index=True)
 clusters = splits.cluster_prompts(scorer.encode(known["rewrite_prompt"].tolist()))
 fixed = dict(zip(triples["rewrite_prompt"], triples["split"]))

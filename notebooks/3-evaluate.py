@@ -60,7 +60,8 @@ import pandas as pd
 
 from promptrec import data, plots, templates
 from promptrec.comparison import compare
-from promptrec.embedding import DecodingSettings, EmbeddingRecoverer, RetrievalRecoverer
+from promptrec.decoding import DecodingSettings
+from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
 from promptrec.engines import load_engine
 from promptrec.inference import Constant, LanguageModelRecoverer, best_constant, normalise, pick_shots
 from promptrec.predictor import PredictorSettings

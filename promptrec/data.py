@@ -85,6 +85,7 @@ class DataSettings:
     styles: tuple = EASY_STYLES  # styles of the grammar to draw from; (): all
     mixture_share: float = 0.0  # share of prompts that ask for two styles at once
     slice_words: int = 30  # longest original, in words
+    written: int = 1500  # hand-written triples that join the training and validation sides; 0: all
     shortest_original: int = 50  # characters
     batch_size: int = 500  # rows between two writes to disk
     time_budget: float = 0.0  # seconds of rewriting; 0: none
@@ -92,7 +93,14 @@ class DataSettings:
 
 
 GEMMA = DataSettings(
-    rows=5000, prompts=2500, styles=(), mixture_share=0.15, slice_words=256, batch_size=64, time_budget=7.5 * 3600
+    rows=5000,
+    prompts=2500,
+    styles=(),
+    mixture_share=0.15,
+    slice_words=256,
+    written=0,
+    batch_size=64,
+    time_budget=7.5 * 3600,
 )
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 
 from promptrec.data import check_cells
+from promptrec.decoding import DecodingSettings, improve, join_prompts
 from promptrec.errors import InputError
 from promptrec.inference import check_pairs
-from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend, choose
+from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend
 from promptrec.scoring import Scorer, unit
 from promptrec.splits import cluster_prompts
 from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folder, digest, read_arrays, save_arrays
 
-VERSION = 2  # of what is cached: count up when features or training change
+VERSION = 3  # of what is cached: count up when features or training change
 
 
 def pair_features(original: np.ndarray, rewritten: np.ndarray) -> np.ndarray:
@@ -72,54 +73,6 @@ class RetrievalRecoverer:
     def _features(self, table: pd.DataFrame) -> np.ndarray:
         texts = (table[column].tolist() for column in ("original_text", "rewritten_text"))
         return pair_features(*(unit(self.encoder.encode(column)[:, LAST]) for column in texts))
-
-
-# --- from vector to string
-
-
-@dataclass(frozen=True)
-class DecodingSettings:
-    """How much is spent on finding each row's string.
-
-    The gradient search is off by default: on one core a row takes over a second for 100 evaluations, and gains little on
-    joined prompts.
-    """
-
-    joined: int = 5  # bank prompts that an answer may be joined of
-    tried: int = 8  # joins encoded at every step
-    evaluations: int = 0  # strings a row that the gradient search encodes after that; 0 keeps whole prompts
-    level: str = "word"
-    max_tokens: int = 100
-    seed: int = 0
-
-
-def join_prompts(
-    posterior: Posterior, bank: Sequence[str], vectors: np.ndarray, scorer: Scorer, settings: DecodingSettings
-) -> tuple[list[str], np.ndarray]:
-    """Bank prompts joined for the highest expected SCS of each row: texts and their unit embeddings [n, d].
-
-    Greedy. The encoder pools by mean, so a prompt that points along what is missing is worth trying; what counts is the
-    embedding of the joined text itself, and a join that is not expected to score more is not made, nor one over
-    `max_tokens`.
-    """
-    short = [scorer.count_tokens(text) <= settings.max_tokens for text in bank]
-    if any(short):
-        bank, vectors = [text for text, fits in zip(bank, short, strict=True) if fits], vectors[short]
-    best = choose(posterior, vectors)
-    texts, reached = [bank[index] for index in best], vectors[best].copy()
-    for _ in range(settings.joined - 1):
-        wanted = posterior.slopes(reached)
-        missing = unit(wanted - (wanted * reached).sum(1, keepdims=True) * reached) + 0.3 * wanted
-        tried = np.argpartition(-missing @ vectors.T, min(settings.tried, len(bank) - 1), axis=1)[:, : settings.tried]
-        joins = [[f"{text} {bank[index]}" for index in row] for text, row in zip(texts, tried, strict=True)]
-        encoded = scorer.encode([join for row in joins for join in row]).reshape(len(texts), -1, vectors.shape[1])
-        for row, options in enumerate(joins):
-            now, *values = posterior.value(row, np.concatenate([reached[row : row + 1], encoded[row]]))
-            fits = [scorer.count_tokens(option) <= settings.max_tokens for option in options]
-            column = int(np.where(fits, values, -1).argmax())
-            if fits[column] and values[column] > now:
-                texts[row], reached[row] = options[column], encoded[row, column]
-    return texts, reached
 
 
 class EmbeddingRecoverer:
@@ -188,45 +141,11 @@ class EmbeddingRecoverer:
         return self.decode(self.posterior(table), table.get("prediction", ()))
 
     def decode(self, posterior: Posterior, answers: Sequence[str] = ()) -> list[str]:
-        """A string for each row of a posterior: joined from the bank (and `answers`), then improved by search."""
+        """A string for each row of a posterior: joined from the bank and `answers`, then searched on from."""
         started = time.time()
         bank = [*self.bank, *dict.fromkeys(answers)]
         texts, _ = join_prompts(posterior, bank, self.scorer.encode(bank), self.scorer, self.decoding)
         if self.decoding.evaluations:
-            texts = self._improve(posterior, texts)
+            texts = improve(posterior, texts, self.bank, self.scorer, self.decoding, self.decoding.evaluations)
         self.seconds["decode"] = time.time() - started
         return texts
-
-    def _improve(self, posterior: Posterior, texts: list[str]) -> list[str]:
-        """Search on from the joined prompts, where the scorer's encoder can be looked into."""
-        from promptrec.search_encoders import encoder_of
-        from promptrec.token_search import SearchSettings, search_many
-
-        encoder = encoder_of(self.scorer)
-        if encoder is None:
-            return texts
-        settings = SearchSettings(
-            level=self.decoding.level,
-            evaluations=self.decoding.evaluations,
-            max_tokens=self.decoding.max_tokens,
-            seed=self.decoding.seed,
-            candidates=10,
-            places=4,
-            vocabulary=_vocabulary(self.bank) if self.decoding.level == "word" else (),
-        )
-        short = [encoder.count_tokens(text) <= settings.max_tokens for text in texts]
-        goals = [posterior.objective(row) for row, fits in enumerate(short) if fits]
-        found = iter(
-            search_many(encoder, goals, [text for text, fits in zip(texts, short, strict=True) if fits], settings)
-        )
-        return [next(found).text if fits else text for text, fits in zip(texts, short, strict=True)]
-
-
-def _vocabulary(prompts: Sequence[str], size: int = 3000) -> tuple[str, ...]:
-    """The most frequent words of the prompts: what a readable string is made of."""
-    from collections import Counter
-
-    from promptrec.text_features import words
-
-    counts = Counter(word.strip("'") for prompt in prompts for word in words(prompt))
-    return tuple(word for word, _ in counts.most_common(size) if len(word) > 1)

@@ -72,7 +72,7 @@ class Posterior:
         own = np.maximum(_claimed(self.weights, self.bank), 1e-9)
         return (self.expected / own)[:, None] * self.values(candidates)
 
-    def objective(self, row: int, targets: int = 300) -> Objective:
+    def objective(self, row: int, targets: int = 1000) -> Objective:
         """One row's belief as a search's objective: its heaviest targets."""
         heavy = np.argsort(-self.weights[row], kind="stable")[:targets]
         return Objective(self.bank[heavy], self.weights[row, heavy])

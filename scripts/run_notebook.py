@@ -23,10 +23,11 @@ def main() -> None:
     )
     given = parser.parse_args()
     profile = activate(get_profile())
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = given.out.resolve()  # the kernel runs in the folder of its notebook
+    out.mkdir(parents=True, exist_ok=True)
     for source in given.sources:
         started = time.time()
-        execute_notebook(source, source.with_suffix(".ipynb"), profile, given.out)
+        execute_notebook(source, source.with_suffix(".ipynb"), profile, out)
         print(f"{source}: {time.time() - started:.0f} s", flush=True)
 
 

@@ -10,16 +10,11 @@ import pandas as pd
 import pytest
 
 from promptrec.data import shipped_triples
-from promptrec.embedding import (
-    DecodingSettings,
-    EmbeddingRecoverer,
-    RetrievalRecoverer,
-    join_prompts,
-    pair_features,
-)
+from promptrec.decoding import DecodingSettings
+from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer, pair_features
 from promptrec.errors import InputError
 from promptrec.inference import best_constant
-from promptrec.predictor import Posterior, PredictorSettings, choose
+from promptrec.predictor import Posterior, PredictorSettings
 from promptrec.scoring import scs
 
 QUICK = PredictorSettings(folds=2, epochs=12, batch_size=32, hidden=48, learning_rate=3e-3)
@@ -94,59 +89,12 @@ def test_it_works_with_the_scorer_the_offline_profile_has(minilm, text_encoder):
     assert (np.array(answers) == test["rewrite_prompt"].to_numpy()).mean() > 0.7
 
 
-# --- from vector to string
-
-
-BANK = [*STYLES, "Make it rhyme", "Use a calm tone", "Turn this into a letter", "Explain the words"]
-
-
-def believing(scorer, bank, rows: int, seed: int) -> Posterior:
-    weights = np.random.default_rng(seed).dirichlet(np.full(len(bank), 0.4), size=rows)
-    return Posterior(weights, scorer.encode(bank), np.ones(rows))
+# --- all together
 
 
 def value(posterior: Posterior, vectors: np.ndarray) -> np.ndarray:
     """What is expected of each row's own vector [n, d], uncalibrated."""
     return np.array([posterior.value(row, vector[None])[0] for row, vector in enumerate(vectors)])
-
-
-@pytest.mark.parametrize("joined", [1, 2, 4])
-def test_joining_never_lowers_what_is_expected(word_scorer, joined):
-    posterior = believing(word_scorer, BANK, 25, joined)
-    vectors = posterior.bank
-    start = value(posterior, vectors[choose(posterior, vectors)])
-    texts, reached = join_prompts(posterior, BANK, vectors, word_scorer, DecodingSettings(joined=joined))
-    found = value(posterior, word_scorer.encode(texts))
-    assert (found >= start - 1e-6).all() and found == pytest.approx(value(posterior, reached), abs=1e-6)
-    assert (joined > 1) == (found.mean() > start.mean() + 0.001)
-
-
-def test_joining_finds_the_two_prompts_that_a_vector_is_made_of(word_scorer):
-    bank = list(STYLES)
-    target = word_scorer.encode([f"{bank[0]} {bank[3]}"])
-    posterior = Posterior(np.ones((1, 1)), target, np.ones(1))
-    (text,), _ = join_prompts(posterior, bank, word_scorer.encode(bank), word_scorer, DecodingSettings(joined=2))
-    assert sorted(text.split()) == sorted(f"{bank[0]} {bank[3]}".split())
-
-
-def test_a_bank_of_one_prompt_is_joined_with_nothing_else(word_scorer):
-    posterior = believing(word_scorer, BANK, 3, 0)
-    texts, _ = join_prompts(
-        posterior, ["Only this"], word_scorer.encode(["Only this"]), word_scorer, DecodingSettings()
-    )
-    assert {word for text in texts for word in text.split()} == {"Only", "this"}
-
-
-def test_what_exceeds_the_token_budget_is_neither_chosen_nor_joined(minilm):
-    bank = ["Make it rhyme", "Use a calm tone", "Explain the words of the letter", "very long prompt " * 30]
-    settings = DecodingSettings(joined=3, max_tokens=9, evaluations=0)
-    long = minilm.encode(["very long prompt " * 30, "Make it rhyme Use a calm tone Explain the words of the letter"])
-    posterior = Posterior(np.eye(2), long, np.ones(2))
-    texts, _ = join_prompts(posterior, bank, minilm.encode(bank), minilm, settings)
-    assert all(minilm.count_tokens(text) <= 9 for text in texts)
-
-
-# --- all together
 
 
 def recoverer(scorer, encoder, **decoding) -> EmbeddingRecoverer:
@@ -186,15 +134,6 @@ def test_every_row_gets_a_string_within_the_token_budget(whole, minilm, shipped,
     best = posterior.values(minilm.encode(short)).max(1)
     assert (value(posterior, minilm.encode(answers)) >= best - 1e-4).all()
     assert set(whole.seconds) == {"fit", "decode"}
-
-
-def test_searching_raises_what_is_expected(whole, minilm, shipped):
-    believed, found = whole.posterior(shipped[1]), []
-    posterior = replace(believed, weights=believed.weights**0.2)  # the answer is less clear
-    for evaluations in (0, 60):
-        whole.decoding = DecodingSettings(evaluations=evaluations, joined=1)
-        found.append(value(posterior, minilm.encode(whole.decode(posterior))))
-    assert (found[1] >= found[0] - 1e-5).all() and found[1].mean() > found[0].mean()
 
 
 def test_a_table_s_predictions_pull_the_vector_and_join_the_candidates(whole, minilm, shipped):

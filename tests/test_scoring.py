@@ -183,7 +183,11 @@ def test_both_cut_at_128_tokens_with_the_end_mark_last(tensorflow_scorer, huggin
     assert hugging_face_scorer.encode([text]) == pytest.approx(tensorflow_scorer.encode([text]), abs=1e-4)
 
 
-PARTING = {"Rewrite this </s> as a shanty": "end mark", "Fill <extra_id_0> in": "sentinel", "pirate " * 200: "length"}
+PARTING = {
+    "Rewrite this </s> as a shanty": "end mark",
+    "Fill <extra_id_0> in": "sentinel",
+    "pirate " * 130 + "letter poem shanty " * 60: "length",
+}
 
 
 def test_the_naive_twin_agrees_on_ordinary_strings(naive_twin, tensorflow_scorer):

@@ -133,7 +133,7 @@ def test_the_estimate_tells_good_insertions_from_bad_ones(encoder, objective):
     _, (gradient,) = encoder.gradient([[*first, PLACEHOLDER]], [objective])
     tokens = np.stack([encoder.embedding_matrix[list(encoder.token_ids(word))].mean(0) for word in words])
     true = objective.value(encoder.encode([f"rewrite the text {word}" for word in words]))
-    assert spearmanr(tokens @ gradient[-1], true).statistic > 0.25
+    assert spearmanr(tokens @ gradient[-1], true).statistic > 0.2
 
 
 def test_gradients_of_several_rows_are_those_of_each_alone(encoder, objective, prompts):

@@ -70,7 +70,8 @@ from matplotlib.figure import Figure
 from promptrec import plots
 from promptrec.comparison import interval
 from promptrec.data import shipped_triples
-from promptrec.embedding import DecodingSettings, EmbeddingRecoverer, RetrievalRecoverer, join_prompts
+from promptrec.decoding import DecodingSettings, join_prompts
+from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
 from promptrec.inference import best_constant
 from promptrec.predictor import PredictorSettings, choose
 from promptrec.prompt_bank import shipped_prompts
@@ -370,8 +371,8 @@ else:
 # The *oracle* picks the bank's best prompt by looking at the truth: no choice among these prompts can beat it. And
 # *best constant in hindsight* is one prompt for all rows, chosen on the very rows it answers.
 #
-# What holds the figure back? Two views of the same run: how it grows with the training set, and how it depends on
-# whether the bank has anything like the true prompt.
+# What holds the figure back? Two views of the same run: the vector's score by the size of the training set, with the bank
+# left whole, and the scores by how near the bank's nearest prompt is to the true one.
 
 # %%
 if report is not None:
@@ -380,6 +381,12 @@ if report is not None:
     display(pd.DataFrame(told["by_nearest_bank_prompt"]).round(3))
 
 # %% [markdown]
+# The first table is flat: an eighth of the training rows does as well as all of them, so more rows of this kind will not
+# help. The second shows that the string, more than the vector, needs a bank with something near. What is lost between
+# vector and string is the largest gap of all, and a longer search closes only a part of it (the small table above). What is
+# left to try is a better reading of the two texts: the encoder is frozen, and was trained to say what a text is about, not
+# how it is written.
+#
 # ## What was written
 
 # %%

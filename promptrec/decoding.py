@@ -1,0 +1,102 @@
+"""From what is believed of a prompt to a string: bank prompts joined, then a search where there is time for one.
+
+Both maximise the same, the mean SCS under the row's posterior. (Tried and left out: strings searched once for the centres
+of what all rows believe. Rows believe too differently: on real rows such strings scored below joined prompts.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from promptrec.predictor import Posterior, choose
+from promptrec.scoring import Scorer, unit
+from promptrec.search_encoders import encoder_of
+from promptrec.text_features import native_bfloat16, words
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How much is spent on finding strings.
+
+    The gradient search of each row is off by default: on one core a row takes over a second for 100 evaluations.
+    """
+
+    joined: int = 5  # texts that an answer may be joined of
+    tried: int = 8  # joins encoded at every step
+    evaluations: int = 0  # strings a row that the search after that encodes
+    level: str = "word"
+    max_tokens: int = 100
+    seed: int = 0
+
+
+def join_prompts(
+    posterior: Posterior, bank: Sequence[str], vectors: np.ndarray, scorer: Scorer, settings: DecodingSettings
+) -> tuple[list[str], np.ndarray]:
+    """Texts of a bank joined for the highest expected SCS of each row: texts and their unit embeddings [n, d].
+
+    Greedy. The encoder pools by mean, so a text that points along what is missing is worth trying; what counts is the
+    embedding of the joined text itself, and a join that is not expected to score more is not made, nor one over
+    `max_tokens`.
+    """
+    short = [scorer.count_tokens(text) <= settings.max_tokens for text in bank]
+    if any(short):
+        bank, vectors = [text for text, fits in zip(bank, short, strict=True) if fits], vectors[short]
+    best = choose(posterior, vectors)
+    texts, reached = [bank[index] for index in best], vectors[best].copy()
+    growing = list(range(len(texts)))
+    for _ in range(settings.joined - 1):
+        wanted = posterior.slopes(reached)
+        missing = unit(wanted - (wanted * reached).sum(1, keepdims=True) * reached) + 0.3 * wanted
+        near = np.argpartition(-missing @ vectors.T, min(settings.tried, len(bank) - 1), axis=1)[:, : settings.tried]
+        joins = {row: [f"{texts[row]} {bank[index]}" for index in near[row]] for row in growing}
+        joins = {
+            row: [one for one in all_ if scorer.count_tokens(one) <= settings.max_tokens] for row, all_ in joins.items()
+        }
+        scorer.encode([one for options in joins.values() for one in options])  # at once, and known from here on
+        growing = []
+        for row, options in joins.items():
+            encoded = np.concatenate([reached[row : row + 1], *([scorer.encode(options)] if options else [])])
+            values = posterior.value(row, encoded)
+            top = int(values.argmax())
+            if values[top] > values[0]:
+                texts[row], reached[row] = options[top - 1], encoded[top]
+                growing.append(row)
+    return texts, reached
+
+
+def improve(
+    posterior: Posterior,
+    texts: list[str],
+    bank: Sequence[str],
+    scorer: Scorer,
+    settings: DecodingSettings,
+    evaluations: int,
+) -> list[str]:
+    """Search on from a text for each row, where the scorer's encoder can be looked into."""
+    from promptrec.token_search import SearchSettings, search_many
+
+    encoder = encoder_of(scorer, "bfloat16" if native_bfloat16() else "float32")
+    if encoder is None:
+        return texts
+    settings = SearchSettings(
+        level=settings.level,
+        evaluations=evaluations,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        candidates=10 if evaluations < 500 else 32,
+        vocabulary=frequent_words(bank) if settings.level == "word" else (),
+    )
+    rows = [row for row, text in enumerate(texts) if encoder.count_tokens(text) <= settings.max_tokens]
+    found = search_many(encoder, [posterior.objective(row) for row in rows], [texts[row] for row in rows], settings)
+    better = {row: one.text for row, one in zip(rows, found, strict=True)}
+    return [better.get(row, text) for row, text in enumerate(texts)]
+
+
+def frequent_words(prompts: Sequence[str], size: int = 3000) -> tuple[str, ...]:
+    """The most frequent words of the prompts: what a readable string is made of."""
+    said = (word.strip("'") for prompt in prompts for word in words(prompt))
+    return tuple(word for word, _ in Counter(word for word in said if len(word) > 1).most_common(size))
