@@ -27,6 +27,7 @@ SAME = re.compile(r"#\s*same as (promptrec(?:\.\w+)+)\.(\w+)")
 SMALL = {
     "DataSettings.rows": 260,
     "DataSettings.prompts": 200,
+    "DataSettings.written": 400,
     "LoraSettings.steps": 8,
     "LoraSettings.evaluate_every": 4,
     "LoraSettings.validation_rows": 8,

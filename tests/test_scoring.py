@@ -186,7 +186,7 @@ def test_both_cut_at_128_tokens_with_the_end_mark_last(tensorflow_scorer, huggin
 PARTING = {
     "Rewrite this </s> as a shanty": "end mark",
     "Fill <extra_id_0> in": "sentinel",
-    "pirate " * 130 + "letter poem shanty " * 60: "length",
+    "the " * 120 + "letter poem shanty " * 60: "length",
 }
 
 
