@@ -454,7 +454,7 @@ def recovery() -> Figure:
     _file(axes, 384, 166, 150, 40, "prompt bank", "with embeddings")
     _file(axes, 16, 246, 150, 56, "rewrite_prompt", "one string a row")
     _step(axes, 206, 238, 150, 72, "search", "word by word, along", "the gradient; optional", colour=GREEN)
-    _step(axes, 396, 238, 150, 72, "join", "up to five prompts, if", "the text comes nearer", colour=GREEN)
+    _step(axes, 396, 238, 150, 72, "join", "up to five prompts, if", "more is expected", colour=GREEN)
     _step(axes, 586, 238, 158, 72, "choose", "the bank's prompt with", "the best expected SCS", colour=GREEN)
     _arrow(axes, (152, 71), (172, 71), (172, 90), (192, 90))
     _arrow(axes, (152, 125), (172, 125), (172, 106), (192, 106))
