@@ -24,6 +24,11 @@ SMALL = {
     "MetricSettings.checked": 4,
     "MetricSettings.pairs": 12,
     "MetricSettings.evaluations": 40,
+    "DecodeSettings.train_rows": 60,
+    "DecodeSettings.test_rows": 12,
+    "DecodeSettings.most_steps": 8,
+    "DecodeSettings.searched_rows": 2,
+    "DecodeSettings.evaluations": 12,
 }
 
 
@@ -72,3 +77,12 @@ def test_without_a_sentence_t5_the_metric_notebook_says_what_it_skips(run):
     rows = [line.split() for line in printed.splitlines() if line.startswith("Rewrite this </s>")]
     assert rows[-1][-3:] == ["1", "/", "2"]  # end tokens: SentencePiece reads one, Hugging Face two
     assert printed.count("skipped: no sentence-t5") == 2
+
+
+def test_from_embedding_to_prompt_runs_with_and_without_the_benchmark(run):
+    printed, out = run("from-embedding-to-prompt")
+    table = pd.read_csv(out / "embedding-answers.csv")
+    assert len(table) == 12 and {"best constant", "minimum Bayes risk", "joined prompts"} <= set(table.columns)
+    assert table.notna().all().all() and "joined" in printed and "bank_prompt_by_oracle" in printed
+    printed, _ = run("from-embedding-to-prompt", **{"DecodeSettings.benchmark": "none.json"})
+    assert "skipped: no none.json" in printed
