@@ -17,15 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, GemmaConfig
 
 from promptrec.data import shipped_triples
 from promptrec.language_model import (
     TINY_GEMMA,
-    TOKENIZER_FILES,
     GenerationSettings,
     generate,
     load_model,
@@ -61,23 +61,20 @@ def random_model(shape: str, folder: Path) -> Path:
     del model
     torch.cuda.empty_cache()
     for file in TINY_GEMMA.glob("*"):
-        if file.name in TOKENIZER_FILES or "token" in file.name:
+        if "token" in file.name:
             shutil.copy(file, folder / file.name)
     return folder
 
 
 def padded(rows: Sequence[dict], device: torch.device) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels [n, t] of encoded rows, padded on the left."""
-    width = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": 0, "labels": -100}
-    batch = {
-        name: torch.tensor([[empty] * (width - len(row[name])) + row[name] for row in rows], device=device)
-        for name, empty in fill.items()
-    }
-    batch["attention_mask"] = torch.tensor(
-        [[0] * (width - len(row["labels"])) + [1] * len(row["labels"]) for row in rows], device=device
-    )
-    return batch
+    return {name: values.to(device) for name, values in collator()(list(rows)).items()}
+
+
+@cache
+def collator() -> DataCollatorForSeq2Seq:
+    """Pads on the side that the tokenizer says."""
+    return DataCollatorForSeq2Seq(load_tokenizer(TINY_GEMMA), label_pad_token_id=-100)
 
 
 def whole_loss(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 from promptrec.predictor import Posterior, choose
 from promptrec.scoring import Scorer, unit
 from promptrec.search_encoders import encoder_of
-from promptrec.text_features import native_bfloat16, words
+from promptrec.text_features import words
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def join_prompts(
     texts, reached = [bank[index] for index in best], vectors[best].copy()
     growing = list(range(len(texts)))
     for _ in range(settings.joined - 1):
-        wanted = posterior.slopes(reached)
-        missing = unit(wanted - (wanted * reached).sum(1, keepdims=True) * reached) + 0.3 * wanted
-        near = np.argpartition(-missing @ vectors.T, min(settings.tried, len(bank) - 1), axis=1)[:, : settings.tried]
-        joins = {row: [f"{texts[row]} {bank[index]}" for index in near[row]] for row in growing}
+        near = _worth_trying(posterior.of(growing), reached[growing], vectors, settings.tried)
+        joins = {
+            row: [f"{texts[row]} {bank[index]}" for index in tried] for row, tried in zip(growing, near, strict=True)
+        }
         joins = {
             row: [one for one in all_ if scorer.count_tokens(one) <= settings.max_tokens] for row, all_ in joins.items()
         }
@@ -68,26 +68,32 @@ def join_prompts(
     return texts, reached
 
 
+def _worth_trying(posterior: Posterior, reached: np.ndarray, vectors: np.ndarray, count: int) -> np.ndarray:
+    """Bank prompts [n, count] that point along what each row's text [n, d] is missing."""
+    wanted = posterior.slopes(reached)
+    missing = unit(wanted - (wanted * reached).sum(1, keepdims=True) * reached) + 0.3 * wanted
+    return np.argpartition(-missing @ vectors.T, min(count, len(vectors) - 1), axis=1)[:, :count]
+
+
 def improve(
     posterior: Posterior,
     texts: list[str],
     bank: Sequence[str],
     scorer: Scorer,
     settings: DecodingSettings,
-    evaluations: int,
 ) -> list[str]:
-    """Search on from a text for each row, where the scorer's encoder can be looked into."""
+    """Search on from a text for each row, where the scorer's encoder can be looked into and there is a budget."""
     from promptrec.token_search import SearchSettings, search_many
 
-    encoder = encoder_of(scorer, "bfloat16" if native_bfloat16() else "float32")
-    if encoder is None:
+    encoder = encoder_of(scorer)
+    if encoder is None or not settings.evaluations:
         return texts
     settings = SearchSettings(
         level=settings.level,
-        evaluations=evaluations,
+        evaluations=settings.evaluations,
         max_tokens=settings.max_tokens,
         seed=settings.seed,
-        candidates=10 if evaluations < 500 else 32,
+        candidates=10 if settings.evaluations < 500 else 32,
         vocabulary=frequent_words(bank) if settings.level == "word" else (),
     )
     rows = [row for row, text in enumerate(texts) if encoder.count_tokens(text) <= settings.max_tokens]

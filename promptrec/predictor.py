@@ -7,7 +7,9 @@ text_features.py, strings from embedding.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -43,17 +45,21 @@ class Posterior:
     """What is believed of each row's prompt: weights [n, b] over a bank of unit vectors [b, d].
 
     `expected` [n] is the SCS that the weights' mean direction is expected to reach, calibrated on prompt clusters that
-    the predicting head never saw.
+    the predicting head never saw; None before it is calibrated.
     """
 
     weights: np.ndarray
     bank: np.ndarray
-    expected: np.ndarray
+    expected: np.ndarray | None = None
 
-    @property
+    @cached_property
     def vectors(self) -> np.ndarray:
         """Mean direction of each row's belief, unit length, [n, d]."""
         return unit(self.weights @ self.bank)
+
+    def of(self, rows: Sequence[int]) -> Posterior:
+        """The belief of some rows."""
+        return Posterior(self.weights[rows], self.bank, None if self.expected is None else self.expected[rows])
 
     def value(self, row: int, candidates: np.ndarray) -> np.ndarray:
         """Mean SCS of candidates [c, d] under one row's belief, [c]: what ranks them, uncalibrated."""
@@ -63,24 +69,23 @@ class Posterior:
         """Mean SCS of the same candidates [c, d] under every row's belief, [n, c]."""
         return self.weights @ ((self.bank @ candidates.T) ** 3)
 
+    def own_values(self, vectors: np.ndarray) -> np.ndarray:
+        """Mean SCS of each row's own vector [n, d] under its belief, [n]."""
+        return (self.weights * (vectors @ self.bank.T) ** 3).sum(1)
+
     def slopes(self, vectors: np.ndarray) -> np.ndarray:
         """Directions [n, d] in which each row's own vector [n, d] gains most mean SCS, unit length."""
         return unit(((vectors @ self.bank.T) ** 2 * self.weights) @ self.bank)
 
     def expected_scs(self, candidates: np.ndarray) -> np.ndarray:
         """Calibrated expected SCS of candidates [c, d] for every row, [n, c]."""
-        own = np.maximum(_claimed(self.weights, self.bank), 1e-9)
+        own = np.maximum(self.own_values(self.vectors), 1e-9)
         return (self.expected / own)[:, None] * self.values(candidates)
 
     def objective(self, row: int, targets: int = 1000) -> Objective:
         """One row's belief as a search's objective: its heaviest targets."""
         heavy = np.argsort(-self.weights[row], kind="stable")[:targets]
         return Objective(self.bank[heavy], self.weights[row, heavy])
-
-
-def _claimed(weights: np.ndarray, bank: np.ndarray) -> np.ndarray:
-    """Mean SCS of each row's mean direction under its own weights, [n]: what an uncalibrated posterior claims."""
-    return (weights * (unit(weights @ bank) @ bank.T) ** 3).sum(1)
 
 
 def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:
@@ -156,8 +161,9 @@ class PromptPredictor:
             if outside.any():
                 hidden = prompts[outside] @ bank.T >= SAME_PROMPT
                 weights = self._ask(self.heads[-1:], flat[outside], directions[outside], hidden)
-                claimed[outside] = _claimed(weights, bank)
-                reached[outside] = scs(unit(weights @ bank), prompts[outside])
+                believed = Posterior(weights, bank)
+                claimed[outside] = believed.own_values(believed.vectors)
+                reached[outside] = scs(believed.vectors, prompts[outside])
         self._calibrate(claimed, reached)
         self.heads.append(self._train(flat, directions, prompts, importance, self.settings.folds))
         return self
@@ -165,9 +171,9 @@ class PromptPredictor:
     def predict(self, flat: np.ndarray, directions: np.ndarray) -> Posterior:
         """The posterior of each row."""
         weights = self._ask(self.heads, flat, directions)
-        return Posterior(
-            weights, self.bank, np.interp(_claimed(weights, self.bank), *self.calibration).astype(np.float32)
-        )
+        believed = Posterior(weights, self.bank)
+        expected = np.interp(believed.own_values(believed.vectors), *self.calibration)
+        return replace(believed, expected=expected.astype(np.float32))
 
     def _train(self, flat, directions, prompts, importance, fold):
         import torch

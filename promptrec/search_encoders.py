@@ -20,6 +20,7 @@ from promptrec.errors import InputError
 from promptrec.profiles import quiet_frameworks
 from promptrec.scoring import MINILM_SHA256, T5_EOS, HuggingFaceT5Scorer, MiniLMScorer, Scorer, minilm_directory
 from promptrec.tables import check_digest
+from promptrec.text_features import native_bfloat16
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,8 +241,12 @@ class T5Encoder(SearchEncoder):
         return pooled @ self._dense.T
 
 
-def encoder_of(scorer: Scorer, dtype: str = "float32") -> SearchEncoder | None:
-    """The encoder behind a scorer, opened for search, once per scorer; None where only its answers can be had."""
+def encoder_of(scorer: Scorer, dtype: str = "") -> SearchEncoder | None:
+    """The encoder behind a scorer, opened for search, once per scorer; None where only its answers can be had.
+
+    It ranks in `dtype`; without one in bfloat16 where the CPU has it. What a search accepts is exact either way.
+    """
+    dtype = dtype or ("bfloat16" if native_bfloat16() else "float32")
     opened = vars(scorer).setdefault("_search_encoders", {})
     if dtype not in opened:
         kinds = {MiniLMScorer: MiniLMEncoder, HuggingFaceT5Scorer: T5Encoder}

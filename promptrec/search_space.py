@@ -16,6 +16,8 @@ from promptrec.errors import InputError
 from promptrec.scoring import unit
 from promptrec.search_encoders import MAX_TOKENS, PLACEHOLDER, SearchEncoder
 
+RISE = 1e-6  # fp32 embeddings are not exact beyond this
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -21,14 +21,13 @@ import numpy as np
 
 from promptrec.errors import InputError
 from promptrec.search_encoders import MAX_TOKENS, MiniLMEncoder, SearchEncoder, T5Encoder
-from promptrec.search_moves import Edits, edited, ranked_moves, shared_out, swap, unions
-from promptrec.search_space import Objective, Units
+from promptrec.search_methods import METHODS
+from promptrec.search_moves import Edits, edited, swap, unions
+from promptrec.search_space import RISE, Objective, Units
 
 __all__ = ["Found", "MiniLMEncoder", "Objective", "SearchEncoder", "SearchSettings", "Step", "T5Encoder", "search"]
 
 LEVELS = ("word", "token")
-DROPPED = (0.01, 0.4)  # share of the units that a stuck search drops, from and to
-RISE = 1e-6  # fp32 embeddings are not exact beyond this
 
 
 @dataclass(frozen=True)
@@ -214,77 +213,6 @@ class SearchRow:
             return swap(units, *sorted(self.random.choice(len(units), 2, replace=False).tolist()))
         at = int(self.random.integers(len(units)))
         return ((at, at + 1, word if kind == 2 or len(units) == 1 else ()),)
-
-
-# --- methods: generators that ask for vectors and gradients, and are told
-
-
-def _gradient(row: SearchRow):
-    """Climb along the encoder's gradient; when stuck, drop a few units of the best string and grow again."""
-    units, settings = row.start, row.settings
-    tally = {kind: np.array([1.0, 4.0]) for kind in ("insert", "double", "replace", "delete", "swap")}  # rises, tries
-    for _ in range(settings.restarts + 1):
-        stuck = 0
-        while stuck < settings.patience:
-            moves = shared_out(row, units, tally, (yield from ranked_moves(row, units)))
-            better = yield from row.improve(units, list(moves), unite=True)
-            floor = row.known.get(row.units.join(units), -np.inf) + RISE
-            for edits, kind in moves.items():
-                tally[kind] = 0.98 * tally[kind] + [
-                    row.known.get(row.units.join(edited(units, edits)), -np.inf) > floor,
-                    1,
-                ]
-            stuck = 0 if better != units else stuck + 1
-            units = better
-        share = np.exp(
-            row.random.uniform(*np.log(DROPPED))
-        )  # a small drop finds its way back, a large one leaves the hill
-        kept = row.random.random(len(row.best)) > share
-        units = [unit for unit, keep in zip(row.best, kept, strict=True) if keep]
-
-
-def _greedy(row: SearchRow):
-    """Append whichever unit of the whole vocabulary helps most, until none does (4th place)."""
-    units, longer = None, row.start
-    while longer != units:
-        units, every = longer, row.random.permutation(len(row.units.words))
-        longer = yield from row.improve(units, [((len(units),) * 2 + ((row.units.words[at],),),) for at in every])
-
-
-def _beam(row: SearchRow):
-    """Append drawn units to the best few strings of a length, a rise or not (7th place); then from the start again."""
-    for _ in range(row.settings.restarts + 1):
-        beams = [row.start]
-        while beams:
-            longer = [[*units, word] for units in beams for word in row.draw(row.settings.candidates)]
-            values = yield from row.values([row.units.join(units) for units in longer])
-            order = np.argsort(-values, kind="stable")[: row.settings.width]
-            beams = [longer[index] for index in order if np.isfinite(values[index])]
-
-
-def _genetic(row: SearchRow):
-    """Children of two good strings, head of one and tail of the other, each with a random edit."""
-    members = [edited(row.start, row.random_edit(row.start)) for _ in range(row.settings.candidates)]
-    while True:
-        values = yield from row.values([row.units.join(units) for units in members])
-        order = np.argsort(-values, kind="stable")[: row.settings.width]
-        parents = [members[index] for index in order if np.isfinite(values[index])] or [row.start]
-        children = []
-        for _ in range(row.settings.candidates):
-            head, tail = (parents[index] for index in row.random.integers(len(parents), size=2))
-            child = head[: row.random.integers(len(head) + 1)] + tail[row.random.integers(len(tail) + 1) :]
-            children.append(edited(child, row.random_edit(child)))
-        members = parents + children
-
-
-def _random(row: SearchRow):
-    """Random edits of the best string, kept if it rises (6th place)."""
-    units = row.start
-    while True:
-        units = yield from row.improve(units, [row.random_edit(units) for _ in range(row.settings.candidates)])
-
-
-METHODS = {"gradient": _gradient, "greedy": _greedy, "beam": _beam, "genetic": _genetic, "random": _random}
 
 
 # --- the one loop

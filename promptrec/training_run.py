@@ -13,13 +13,13 @@ from typing import Protocol
 
 import pandas as pd
 
-from promptrec.data import check_cells, text_id
+from promptrec.data import TEXT_COLUMNS, check_cells, text_id
 from promptrec.errors import InputError
 from promptrec.profiles import model_name
 from promptrec.tables import read_table, require_columns, write_json
 from promptrec.templates import recovery_answer, recovery_request
 
-COLUMNS = ["original_text", "rewrite_prompt", "rewritten_text"]
+COLUMNS = list(TEXT_COLUMNS)
 
 
 class Tokenise(Protocol):

@@ -7,6 +7,8 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two busy processes of two threads wait for each other
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # tests never reach for the network
 
 import hashlib
@@ -23,6 +25,11 @@ def clean_environment(monkeypatch):
     for name in ("PROFILE", "SETTINGS", "INPUT", "OUT", "NOTEBOOKS", "SCORER_PROCESS", "CACHE"):
         monkeypatch.setenv(f"PROMPTREC_{name}", "")  # registers the variable, so that it is restored afterwards
         monkeypatch.delenv(f"PROMPTREC_{name}")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """A process for each core, up to four: each may hold two gigabytes of frameworks."""
+    return min(4, os.cpu_count() or 1)
 
 
 class WordScorer(Scorer):

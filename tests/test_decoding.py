@@ -21,19 +21,14 @@ def believing(scorer, bank, rows: int, seed: int) -> Posterior:
     return Posterior(weights, scorer.encode(bank), np.ones(rows))
 
 
-def value(posterior: Posterior, vectors: np.ndarray) -> np.ndarray:
-    """What is expected of each row's own vector [n, d], uncalibrated."""
-    return np.array([posterior.value(row, vector[None])[0] for row, vector in enumerate(vectors)])
-
-
 @pytest.mark.parametrize("joined", [1, 2, 4])
 def test_joining_never_lowers_what_is_expected(word_scorer, joined):
     posterior = believing(word_scorer, BANK, 25, joined)
     vectors = posterior.bank
-    start = value(posterior, vectors[choose(posterior, vectors)])
+    start = posterior.own_values(vectors[choose(posterior, vectors)])
     texts, reached = join_prompts(posterior, BANK, vectors, word_scorer, DecodingSettings(joined=joined))
-    found = value(posterior, word_scorer.encode(texts))
-    assert (found >= start - 1e-6).all() and found == pytest.approx(value(posterior, reached), abs=1e-6)
+    found = posterior.own_values(word_scorer.encode(texts))
+    assert (found >= start - 1e-6).all() and found == pytest.approx(posterior.own_values(reached), abs=1e-6)
     assert (joined > 1) == (found.mean() > start.mean() + 0.001)
 
 
@@ -64,14 +59,14 @@ def test_what_exceeds_the_token_budget_is_neither_chosen_nor_joined(minilm):
 
 def test_a_row_s_own_search_raises_what_is_expected(minilm):
     posterior, start = believing(minilm, BANK, 3, 0), ["Write something about it"] * 3
-    found = improve(posterior, start, BANK, minilm, DecodingSettings(max_tokens=24), evaluations=60)
-    assert (value(posterior, minilm.encode(found)) > value(posterior, minilm.encode(start)) + 0.01).all()
+    found = improve(posterior, start, BANK, minilm, DecodingSettings(max_tokens=24, evaluations=60))
+    assert (posterior.own_values(minilm.encode(found)) > posterior.own_values(minilm.encode(start)) + 0.01).all()
     assert all(minilm.count_tokens(text) <= 24 for text in found)
 
 
 def test_where_nothing_can_be_searched_the_texts_stay(word_scorer):
     posterior = believing(word_scorer, BANK, 5, 0)
-    assert improve(posterior, BANK[:5], BANK, word_scorer, DecodingSettings(), 50) == BANK[:5]
+    assert improve(posterior, BANK[:5], BANK, word_scorer, DecodingSettings(evaluations=50)) == BANK[:5]
 
 
 def test_frequent_words_come_first_and_letters_do_not_count():

@@ -14,7 +14,7 @@ from promptrec.decoding import DecodingSettings
 from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer, pair_features
 from promptrec.errors import InputError
 from promptrec.inference import best_constant
-from promptrec.predictor import Posterior, PredictorSettings
+from promptrec.predictor import PredictorSettings
 from promptrec.scoring import scs
 
 QUICK = PredictorSettings(folds=2, epochs=12, batch_size=32, hidden=48, learning_rate=3e-3)
@@ -92,11 +92,6 @@ def test_it_works_with_the_scorer_the_offline_profile_has(minilm, text_encoder):
 # --- all together
 
 
-def value(posterior: Posterior, vectors: np.ndarray) -> np.ndarray:
-    """What is expected of each row's own vector [n, d], uncalibrated."""
-    return np.array([posterior.value(row, vector[None])[0] for row, vector in enumerate(vectors)])
-
-
 def recoverer(scorer, encoder, **decoding) -> EmbeddingRecoverer:
     decoding = DecodingSettings(**({"evaluations": 0, "joined": 2} | decoding))
     return EmbeddingRecoverer(scorer, settings=replace(QUICK, epochs=6), decoding=decoding, encoder=encoder)
@@ -132,7 +127,7 @@ def test_every_row_gets_a_string_within_the_token_budget(whole, minilm, shipped,
     assert all(minilm.count_tokens(answer) <= 24 for answer in answers)
     short = [text for text in whole.bank if minilm.count_tokens(text) <= 24]
     best = posterior.values(minilm.encode(short)).max(1)
-    assert (value(posterior, minilm.encode(answers)) >= best - 1e-4).all()
+    assert (posterior.own_values(minilm.encode(answers)) >= best - 1e-4).all()
     assert set(whole.seconds) == {"fit", "decode"}
 
 
