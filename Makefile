@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup series test book notebooks bench images kaggle lint clean
+.PHONY: setup series test book notebooks compare bench images kaggle lint clean
 
 setup: $(READY)
 
@@ -20,9 +20,9 @@ series: setup          ## the three notebooks offline, then the book with what t
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/build_book.py --notebooks runs/local/notebooks --out runs/local/book
 	@echo "book: runs/local/book/_build/html/index.html"
 
-test: setup            ## lint and every test
+test: setup            ## lint and every test, one process a core
 	$(BIN)/ruff check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n auto --dist loadfile
 
 book: setup            ## the book from the committed notebooks, warnings are errors
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/build_book.py
@@ -33,6 +33,11 @@ notebooks: setup       ## run the series and commit-ready notebooks/*.ipynb from
 	cp runs/local/notebooks/*.ipynb notebooks/
 	rm -rf runs/local/adapter-keras
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/run_notebook.py notebooks/2-fine-tune-tpu.py notebooks/beyond/*.py
+
+compare: setup         ## every method on one split, three seeds; about an hour on two cores, resumable
+	test -f runs/local/training_data.csv || PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/promptrec series --part 1-generate-data
+	$(BIN)/promptrec compare runs/local/training_data.csv --out runs/compare
+	$(BIN)/python scripts/draw_comparison.py runs/compare/results.json
 
 bench: setup           ## the benchmarks; make bench TEST=triples.jsonl TRAIN=more.jsonl PROMPTS=prompts.txt
 	$(BIN)/python benchmarks/mean_prompt.py $(PROMPTS)

@@ -44,14 +44,19 @@ def doctor(profile: ProfileName = None) -> None:
 
 @app.command()
 def series(
-    profile: ProfileName = None, out: Annotated[Path | None, typer.Option(help="where results go")] = None
+    profile: ProfileName = None,
+    out: Annotated[Path | None, typer.Option(help="where results go")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="only this part; may be repeated")] = None,
 ) -> None:
     """Run the three notebooks in order and print the comparison table."""
-    from promptrec.series import run_series, summary
+    from promptrec.series import parts_of, run_series, summary
 
     chosen = _activated(profile, out)
-    seconds = run_series(chosen)
-    print("\n" + summary(chosen))
+    if unknown := sorted(set(part or ()) - set(parts_of(chosen))):
+        raise InputError(f"part {unknown[0]!r} is unknown; choose one of {', '.join(parts_of(chosen))}")
+    seconds = run_series(chosen, part or ())
+    if not part:
+        print("\n" + summary(chosen))
     print("seconds: " + ", ".join(f"{part} {value:.0f}" for part, value in seconds.items()))
 
 
@@ -167,6 +172,38 @@ def score(
         if as_json
         else f"mean SCS {mean:.4f} [{low:.4f}, {high:.4f}]  n={len(scored)}  scorer: {judge.name}"
     )
+
+
+@app.command()
+def compare(
+    table: Annotated[Path, typer.Argument(help="triples; Part 1's training_data.csv, or CSV, JSONL, Parquet")],
+    out: Annotated[Path, typer.Option(help="folder of the results; the same call goes on")],
+    methods: Annotated[str, typer.Option(help="names, separated by commas; default: all the profile can run")] = "",
+    rows: Annotated[int, typer.Option(min=1, help="test rows")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="of each method that is trained or sampled")] = 3,
+    jobs: Annotated[int, typer.Option(min=0, help="processes at a time; 0: one for each core")] = 0,
+    profile: ProfileName = None,
+) -> None:
+    """Compare methods on one split under one scorer: each with each seed in a process of its own, resumable."""
+    from promptrec.findings import summary
+    from promptrec.profiles import override
+    from promptrec.trials import CompareSettings, run_comparison
+
+    chosen = _activated(profile)
+    if out.is_file():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    settings = override(CompareSettings(), rows=rows, seeds=seeds, jobs=jobs)
+    names = [name for name in methods.split(",") if name]
+    print(summary(run_comparison(table, out, chosen, names, settings)))
+    print(f"table, claims and learning curves: {out / 'results.json'}")
+
+
+@app.command(hidden=True)
+def trial(folder: Path, method: str, seed: Seed = 0, profile: ProfileName = None) -> None:
+    """One method with one seed: what compare starts."""
+    from promptrec.trials import Trial, run_trial
+
+    run_trial(Trial(folder, method, seed), _activated(profile))
 
 
 @app.command("mean-prompt")

@@ -2,7 +2,7 @@
 
 Two ways. RetrievalRecoverer is the floor: a ridge regression and the nearest prompt of a bank. EmbeddingRecoverer is the
 best that runs without an accelerator: heads trained on cos^3 predict a vector and a posterior over the bank, and a
-search finds the string that lands there (token_search.py). Fitted once for a training set, then read from the cache.
+decoding turns them into a string (decoding.py). Fitted once for a training set, then read from the cache.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from promptrec.data import check_cells
+from promptrec.data import TEXT_COLUMNS, check_cells
 from promptrec.decoding import DecodingSettings, improve, join_prompts
 from promptrec.errors import InputError
 from promptrec.inference import check_pairs
@@ -22,6 +23,9 @@ from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, b
 from promptrec.scoring import Scorer, unit
 from promptrec.splits import cluster_prompts
 from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folder, digest, read_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from promptrec.methods import Task
 
 VERSION = 3  # of what is cached: count up when features or training change
 
@@ -76,7 +80,7 @@ class RetrievalRecoverer:
 
 
 class EmbeddingRecoverer:
-    """Predicts the prompt's embedding and searches for the string that lands there.
+    """Predicts a posterior over the bank's prompts and decodes it to a string.
 
     `bank` adds prompts to those of the training triples. A table's column `prediction`, where there is one, holds
     another method's answers: they join the candidates, and prompts like them are believed more (see
@@ -104,7 +108,7 @@ class EmbeddingRecoverer:
         """Fit on triples (original_text, rewrite_prompt, rewritten_text), or read the fit of the same ones."""
         if train.empty:
             raise InputError("no training triples to fit the predictor on")
-        columns = ["original_text", "rewrite_prompt", "rewritten_text"]
+        columns = list(TEXT_COLUMNS)
         check_cells(train[columns], columns, "the training triples")
         started = time.time()
         self.bank = sorted({*train["rewrite_prompt"], *self.given_bank})
@@ -145,7 +149,16 @@ class EmbeddingRecoverer:
         started = time.time()
         bank = [*self.bank, *dict.fromkeys(answers)]
         texts, _ = join_prompts(posterior, bank, self.scorer.encode(bank), self.scorer, self.decoding)
-        if self.decoding.evaluations:
-            texts = improve(posterior, texts, self.bank, self.scorer, self.decoding, self.decoding.evaluations)
+        texts = improve(posterior, texts, self.bank, self.scorer, self.decoding)
         self.seconds["decode"] = time.time() - started
         return texts
+
+
+def build_retrieval(task: Task) -> RetrievalRecoverer:
+    """Ridge regression and the nearest prompt, fitted to the task's training triples."""
+    return RetrievalRecoverer(task.scorer, task.bank).fit(task.train)
+
+
+def build_embedding(task: Task) -> EmbeddingRecoverer:
+    """Heads and decoding, fitted to the task's training triples."""
+    return EmbeddingRecoverer(task.scorer, task.bank, PredictorSettings(seed=task.seed)).fit(task.train)

@@ -43,12 +43,12 @@ def load_engine(profile: Profile, adapter: Path, new_tokens: int = 32, batch_siz
 
 def _torch(profile: Profile, adapter: Path, new_tokens: int, batch_size: int, seed: int) -> Engine:
     from promptrec.language_model import GenerationSettings, token_ids
-    from promptrec.lora import load_adapters
+    from promptrec.lora import ADAPTER, load_adapters
 
     model, tokenizer = load_adapters(profile.base_model, {"recovery": adapter})
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     generation = GenerationSettings(new_tokens, batch_size, seed=seed)
-    weights = Path(adapter) / "adapter_model.safetensors"
+    weights = Path(adapter) / ADAPTER
     return Engine(model, tokenizer, "recovery", weights, sizes, generation, LanguageModelRecoverer, token_ids)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,23 @@ from promptrec.scoring import Scorer, scs
 from promptrec.submission import FALLBACK
 from promptrec.tables import append_jsonl, read_jsonl, require_columns
 
+if TYPE_CHECKING:
+    from promptrec.methods import Task
+
 NEEDED = ("original_text", "rewritten_text")
 PART_FIELDS = ("rewrite_prompt", "method", "texts", "run")  # of a row in a process's own file
 CURRENT = "(current)"  # a recoverer's adapter: the weights as they are, in the middle of training
+Shot = tuple[str, str, str]  # a solved example: original, rewritten, prompt
 LONGEST_ANSWER = 60  # words; a longer answer is a model that goes on talking
 _OPENING = re.compile(
     r"^(?:the |this )?(?:rewrite |original )?(?:prompt|instruction|answer)(?: was| is)?\s*[:\-]\s*", re.IGNORECASE
 )
 _MARKS = re.compile(r"<[^<>\s]{1,24}>|\*\*|^#+\s*", re.MULTILINE)
+
+
+def answer_column(method: str) -> str:
+    """The column of a table that holds another method's answers."""
+    return f"answer:{method}"
 
 
 class Recoverer(Protocol):
@@ -80,10 +89,21 @@ def best_constant(prompts: Sequence[str], scorer: Scorer, candidates: Sequence[s
     return candidates[block + int(np.argmax(((options[block : block + 512] @ targets.T) ** 3).mean(1)))]
 
 
+def build_constant(task: Task) -> Constant:
+    """The best-known constant, whatever the task."""
+    return Constant()
+
+
+def build_best_constant(task: Task) -> Constant:
+    """The training prompt that scores best as the answer to every training triple."""
+    return Constant(best_constant(task.train["rewrite_prompt"].tolist(), task.scorer), name="best constant")
+
+
 @dataclass
 class LanguageModelRecoverer:
     """A causal LM asked for the prompt: zero-shot, with `shots` solved examples, or with a LoRA adapter active.
 
+    `shots` are (original, rewritten, prompt), the same for all rows, or a function of the table: some for each row.
     `adapter` is a key of the model's adapters, None to switch them off, or CURRENT for the model as it is.
     """
 
@@ -91,7 +111,7 @@ class LanguageModelRecoverer:
     tokenizer: object
     name: str
     adapter: str | None = None
-    shots: Sequence[tuple[str, str, str]] = ()
+    shots: Sequence[Shot] | Callable[[pd.DataFrame], Sequence[Sequence[Shot]]] = ()
     chat: str = "gemma"
     settings: object = None
     longest_text: int = 300  # words of each text that the model gets to see
@@ -114,8 +134,9 @@ class LanguageModelRecoverer:
         from promptrec.templates import recovery_request
 
         shorten = lambda text: slice_words(text, self.longest_text)  # noqa: E731
-        pairs = zip(table["original_text"].map(shorten), table["rewritten_text"].map(shorten), strict=True)
-        return [recovery_request(original, rewritten, self.chat, self.shots) for original, rewritten in pairs]
+        solved = self.shots(table) if callable(self.shots) else [self.shots] * len(table)
+        rows = zip(table["original_text"].map(shorten), table["rewritten_text"].map(shorten), solved, strict=True)
+        return [recovery_request(original, rewritten, self.chat, shots) for original, rewritten, shots in rows]
 
     def _answer(self, requests: list[str], ids: list[str]) -> list[str]:
         def keep(positions, texts):
@@ -169,7 +190,7 @@ def check_pairs(table: pd.DataFrame, where: str = "the table") -> pd.DataFrame:
     return table
 
 
-def pick_shots(train: pd.DataFrame, count: int, seed: int = 0, longest: int = 60) -> list[tuple[str, str, str]]:
+def pick_shots(train: pd.DataFrame, count: int, seed: int = 0, longest: int = 60) -> list[Shot]:
     """Solved examples for few-shot prompting: short training triples of distinct prompt clusters, drawn at random."""
     short = train[
         (train["original_text"].str.split().str.len() <= longest)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -187,7 +189,7 @@ def _generate_batch(model, tokenizer, rows: list[list[int]], settings: Generatio
             **sampling,
         )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=False)
-    return [_until_end(text, tokenizer, stop) for text in texts]
+    return [until_end(text, tokenizer, stop) for text in texts]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
@@ -204,7 +206,55 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:
     return ids if len(ids) == 1 else []
 
 
-def _until_end(text: str, tokenizer, stop: str) -> str:
+def until_end(text: str, tokenizer: PreTrainedTokenizerBase, stop: str) -> str:
+    """A decoded answer up to the mark that ends it, or up to the padding."""
     for mark in filter(None, (stop, tokenizer.eos_token, tokenizer.pad_token)):
         text = text.split(mark)[0]
     return text.strip()
+
+
+def answer_log_likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[str],
+    answers: Sequence[str],
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Mean log-probability (nats) of each answer's tokens after its request, [n].
+
+    Request and answer are encoded apart and joined, as in training. Logits are computed at the answers' positions only.
+    Raises InputError for an answer without tokens.
+    """
+    encoded = [token_ids(tokenizer, text) for text in requests]
+    endings = [token_ids(tokenizer, text, begin=False) for text in answers]
+    if not all(endings):
+        raise InputError(f"answer {endings.index([]) + 1} has no tokens: nothing to be likely")
+    rows = [(begun, ended) for begun, ended in zip(encoded, endings, strict=True)]
+    order = sorted(range(len(rows)), key=lambda row: sum(map(len, rows[row])), reverse=True)  # little padding
+    found = np.zeros(len(rows))
+    for start in progress(range(0, len(order), batch_size), desc="likelihood of answers"):
+        batch = order[start : start + batch_size]
+        found[batch] = _log_likelihoods(model, tokenizer.pad_token_id, [rows[row] for row in batch])
+    return found
+
+
+def _log_likelihoods(model, pad: int, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
+    """Mean log-probability of the second part of each row after the first, [n]. Padded on the left: answers end together."""
+    width, kept = max(len(begun) + len(ended) for begun, ended in rows), max(len(ended) for _, ended in rows)
+    lengths = torch.tensor([[len(begun) + len(ended), len(ended)] for begun, ended in rows], device=model.device)
+    ids = [[pad] * (width - len(begun) - len(ended)) + begun + ended for begun, ended in rows]
+    ids = torch.tensor(ids, device=model.device)  # [n, width]
+    left = torch.arange(width, 0, -1, device=model.device)  # tokens from here to the end
+    mask = (left <= lengths[:, :1]).long()
+    answered = left[-kept:] <= lengths[:, 1:]  # [n, kept]
+    with torch.inference_mode():
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=kept + 1,
+            use_cache=False,
+        ).logits[:, :-1]  # [n, kept, vocabulary]
+    nats = torch.zeros(answered.shape, device=logits.device)
+    nats[answered] = -F.cross_entropy(logits[answered].float(), ids[:, -kept:][answered], reduction="none")
+    return (nats.sum(1) / lengths[:, 1]).double().cpu().numpy()

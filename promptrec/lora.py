@@ -1,6 +1,6 @@
 """LoRA fine-tuning on a 4-bit base (QLoRA) with torch, peft, bitsandbytes and TRL's trainer.
 
-The loss covers the answer only, and logits are computed at the answer's positions only: with Gemma's 256,000-entry
+By default the loss covers the answer only, and logits are computed at its positions only: with Gemma's 256,000-entry
 vocabulary the logits of a whole sequence, not the weights, are what fills a T4. The best checkpoint is the one with
 the highest SCS on held-out prompt clusters, not the one with the lowest loss.
 """
@@ -29,6 +29,7 @@ from promptrec.templates import chat_of
 from promptrec.training_run import check_training, claim_folder, fit_texts
 
 ADAPTER = "adapter_model.safetensors"
+LOSSES = ("answer", "whole")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -54,12 +55,17 @@ class LoraSettings:
     gradient_checkpointing: bool = False
     # --- text
     max_tokens: int = 256
+    loss: str = "answer"  # over the answer alone, or over the "whole" text, the request included
     # --- watching
     evaluate_every: int = 80
     validation_rows: int = 64
     report_to: str = "none"  # "tensorboard" or "wandb"
     seed: int = 0
     time_budget: float = 0.0  # seconds; 0: none. Training stops and saves before it is over
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise InputError(f"loss {self.loss!r} is unknown; choose one of {', '.join(LOSSES)}")
 
 
 T4 = LoraSettings(
@@ -80,20 +86,26 @@ T4 = LoraSettings(
 )
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, row: pd.Series, chat: str, max_tokens: int) -> dict[str, list[int]]:
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, row: pd.Series, chat: str, max_tokens: int, loss: str = "answer"
+) -> dict[str, list[int]]:
     """input_ids and labels of one triple; labels are -100 on the request, so the loss covers the answer only.
 
+    With `loss` "whole" the request is labelled, too, and the model learns to write the two texts as well.
     Texts too long for `max_tokens` are shortened word by word from their ends; the answer is never cut.
     """
     request, answer = fit_texts(row, chat, partial(token_ids, tokenizer), max_tokens)
-    return {"input_ids": request + answer, "labels": [-100] * len(request) + answer}
+    hidden = [-100] * len(request) if loss == "answer" else request
+    return {"input_ids": request + answer, "labels": hidden + answer}
 
 
-def encode_table(tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, chat: str, max_tokens: int) -> Dataset:
+def encode_table(
+    tokenizer: PreTrainedTokenizerBase, table: pd.DataFrame, chat: str, max_tokens: int, loss: str = "answer"
+) -> Dataset:
     """All rows encoded. Raises InputError for missing columns, blank cells or an unfit tokenizer; no row is dropped."""
     check_training(table)
     stop_ids(tokenizer, chat_of(chat).after_model)
-    return Dataset.from_list([encode_row(tokenizer, row, chat, max_tokens) for _, row in table.iterrows()])
+    return Dataset.from_list([encode_row(tokenizer, row, chat, max_tokens, loss) for _, row in table.iterrows()])
 
 
 def attach_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -165,12 +177,13 @@ def finetune(
     a process cannot generate alone), the lowest loss decides.
     """
     settings, out = settings or LoraSettings(), Path(out)
-    if from_first(lambda: claim_folder(out, settings, train, base_model, ADAPTER)):
+    passing = ("time_budget", "report_to", *(["loss"] if settings.loss == "answer" else []))  # older runs name no loss
+    if from_first(lambda: claim_folder(out, settings, train, base_model, ADAPTER, passing)):
         return read_table(out / "history.csv")
     set_seed(settings.seed)
     tokenizer = load_tokenizer(base_model)
     data = {
-        name: encode_table(tokenizer, table, chat, settings.max_tokens)
+        name: encode_table(tokenizer, table, chat, settings.max_tokens, settings.loss)
         for name, table in (("train", train), ("eval", validation))
     }
     model = attach_adapter(load_model(base_model, settings.quantise), settings)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,13 +18,17 @@ import pandas as pd
 from promptrec.comparison import bootstrap_means, interval
 from promptrec.data import read_prompts, text_id
 from promptrec.errors import InputError
+from promptrec.inference import Constant
 from promptrec.probes import probe_weights, read_probes
+from promptrec.profiles import override
 from promptrec.scoring import Scorer, get_scorer, unit
 from promptrec.search_encoders import SearchEncoder, encoder_of
 from promptrec.splits import cluster_prompts
 from promptrec.tables import progress, write_manifest, write_text
-from promptrec.text_features import native_bfloat16
 from promptrec.token_search import Objective, SearchSettings, Step, search
+
+if TYPE_CHECKING:
+    from promptrec.methods import Task
 
 FEWEST_CLUSTERS = 4  # two to search with, two to judge by
 
@@ -87,9 +92,19 @@ def mean_prompt(
     )
 
 
+def build(task: Task, evaluations: int = 1500) -> Constant:
+    """The mean prompt of the task's training prompts, as the answer to every row."""
+    encoder, prompts = search_encoder(task.scorer), sorted(set(task.train["rewrite_prompt"]))
+    settings = override(SearchSettings(evaluations=evaluations), seed=task.seed)
+    objective = Objective.mean(task.scorer.encode(task.train["rewrite_prompt"].tolist()))
+    short = [prompt for prompt in prompts if encoder.count_tokens(prompt) <= settings.max_tokens]
+    start = joined(short, task.scorer.encode(short), objective, encoder, settings.max_tokens)
+    return Constant(search(encoder, objective, start, settings).text, name="mean prompt")
+
+
 def search_encoder(scorer: Scorer) -> SearchEncoder:
-    """The scorer's encoder, ranking in bfloat16 where the CPU has it; what a search accepts is exact either way."""
-    encoder = encoder_of(scorer, "bfloat16" if native_bfloat16() else "float32")
+    """The scorer's encoder. Raises InputError where it cannot be looked into."""
+    encoder = encoder_of(scorer)
     if encoder is None:
         raise InputError(f"mean-prompt: {scorer.name} has no gradient to search by; use --scorer minilm or t5-hf")
     return encoder

@@ -1,23 +1,96 @@
-"""Recoverers by name, built for a profile: what `promptrec recover --method` and the comparison choose from."""
+"""Every way of recovering a prompt by name: what `promptrec recover --method` and `promptrec compare` choose from.
+
+A method is a row of METHODS: who had the idea, which function builds it, and whose answers it works on. A builder gets a
+Task and returns a recoverer that is ready to answer. Its module is imported when it is asked for, not before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from promptrec.cleaning import clean
 from promptrec.data import load_triples, merge_triples, shipped_triples
-from promptrec.embedding import EmbeddingRecoverer, PredictorSettings, RetrievalRecoverer
 from promptrec.errors import InputError
-from promptrec.inference import Constant, LanguageModelRecoverer, Recoverer, best_constant, pick_shots
+from promptrec.inference import Recoverer, answer_column
 from promptrec.profiles import Profile
 from promptrec.prompt_bank import shipped_prompts
-from promptrec.scoring import profile_scorer
+from promptrec.scoring import Scorer, get_scorer, profile_scorer
 from promptrec.splits import cluster_prompts
 
-SHOTS = 3
+
+@dataclass(frozen=True)
+class Task:
+    """What a method may learn from: training triples, held-out ones to choose by, prompts beyond them, a seed.
+
+    `train` and `validation` have original_text, rewrite_prompt and rewritten_text, and share no prompt cluster.
+    For a method that works on others' answers, `validation` has them, too: one column `answer:METHOD` each.
+    `adapter` is the folder of the fine-tuned adapter that methods of fine-tuned models start from.
+    """
+
+    profile: Profile
+    train: pd.DataFrame
+    validation: pd.DataFrame
+    adapter: Path
+    seed: int = 0
+
+    @property
+    def scorer(self) -> Scorer:
+        """What predictions are judged by."""
+        return profile_scorer(self.profile)
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """Prompt cluster of each training triple, [n]."""
+        return cluster_prompts(get_scorer("minilm").encode(self.train["rewrite_prompt"].tolist()))
+
+    @cached_property
+    def bank(self) -> list[str]:
+        """All prompts that may be answered with: the shipped ones and those of the training triples."""
+        return sorted({*shipped_prompts()["rewrite_prompt"], *self.train["rewrite_prompt"]})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS. `builder` is module:function within promptrec, called with a Task and the options."""
+
+    family: str  # its heading in the comparison
+    source: str  # who had the idea
+    builder: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # methods whose answers it works on
+    random: bool = True  # trained or sampled: another seed gives other answers
+    adapted: bool = False  # starts from the fine-tuned adapter
+    keras: bool = False  # whether it runs where language models run in Keras, not in torch
+
+    def build(self, task: Task) -> Recoverer:
+        """A recoverer, ready to answer."""
+        module, _, function = self.builder.partition(":")
+        return getattr(import_module(f"promptrec.{module}"), function)(task, **self.options)
+
+
+class Joint:
+    """A method that works on others' answers, and the methods it asks first."""
+
+    def __init__(self, parts: Mapping[str, Recoverer], method: Method, task: Task, name: str) -> None:
+        self.parts, self.name = parts, name
+        self.method = method.build(replace(task, validation=self._answered(task.validation)))
+
+    def recover(self, table: pd.DataFrame) -> list[str]:
+        """One prompt for each row; every part answers all rows first."""
+        return self.method.recover(self._answered(table))
+
+    def _answered(self, table: pd.DataFrame) -> pd.DataFrame:
+        if table.empty:
+            return table
+        seen = table.drop(columns="rewrite_prompt", errors="ignore")
+        return table.assign(**{answer_column(name): part.recover(seen) for name, part in self.parts.items()})
 
 
 def training_triples(more: Sequence[str | Path] = ()) -> pd.DataFrame:
@@ -31,73 +104,109 @@ def default_method(profile: Profile) -> str:
 
 
 def make_recoverer(
-    method: str, profile: Profile, train: Sequence[str | Path] = (), adapter: str | Path | None = None, seed: int = 0
+    name: str, profile: Profile, train: Sequence[str | Path] = (), adapter: str | Path | None = None, seed: int = 0
 ) -> Recoverer:
-    """The recoverer called `method`, ready to answer. Raises InputError for an unknown name or a missing adapter."""
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    return METHODS[method](profile, train, adapter, seed)
+    """The recoverer called `name`, learnt from the shipped triples and `train`, ready to answer.
 
-
-def _constant(profile, train, adapter, seed) -> Recoverer:
-    return Constant()
-
-
-def _best_constant(profile, train, adapter, seed) -> Recoverer:
-    prompts = training_triples(train)["rewrite_prompt"].tolist()
-    return Constant(best_constant(prompts, profile_scorer(profile)), name="best constant")
-
-
-def _retrieval(profile, train, adapter, seed) -> Recoverer:
-    recoverer = RetrievalRecoverer(profile_scorer(profile), bank=shipped_prompts()["rewrite_prompt"])
-    return recoverer.fit(training_triples(train))
-
-
-def _embedding(profile, train, adapter, seed) -> Recoverer:
-    bank = shipped_prompts()["rewrite_prompt"]
-    return EmbeddingRecoverer(profile_scorer(profile), bank, PredictorSettings(seed=seed)).fit(training_triples(train))
-
-
-def _prompted(shots: int) -> Callable[..., Recoverer]:
-    def build(profile, train, adapter, seed) -> Recoverer:
-        solved = _shots(profile, train, shots, seed) if shots else ()
-        name = "few-shot" if shots else "zero-shot"
-        if profile.in_keras:
-            from promptrec.lora_keras import load_recoverer
-
-            return load_recoverer(profile, name, shots=solved)
-        from promptrec.language_model import load_model, load_tokenizer
-
-        model, tokenizer = load_model(profile.base_model), load_tokenizer(profile.base_model)
-        return LanguageModelRecoverer(model, tokenizer, name, shots=solved, chat=profile.chat)
-
-    return build
-
-
-def _shots(profile: Profile, train: Sequence[str | Path], count: int, seed: int):
-    triples = training_triples(train)
-    clusters = cluster_prompts(profile_scorer(profile).encode(triples["rewrite_prompt"].tolist()))
-    return pick_shots(triples.assign(prompt_cluster=clusters), count, seed)
-
-
-def _fine_tuned(profile, train, adapter, seed) -> Recoverer:
+    Raises InputError for an unknown name, a missing adapter, or a method that the profile cannot run.
+    """
+    check_method(name, profile)
     folder = Path(adapter) if adapter else Path(profile.out) / "adapter"
-    if profile.in_keras:
-        from promptrec.lora_keras import load_recoverer
-
-        return load_recoverer(profile, "fine-tuned", folder)
-    from promptrec.lora import load_adapters
-
-    model, tokenizer = load_adapters(profile.base_model, {"recovery": folder})
-    return LanguageModelRecoverer(model, tokenizer, "fine-tuned", adapter="recovery", chat=profile.chat)
+    return build(name, Task(profile, training_triples(train), shipped_triples(["validation"]), folder, seed))
 
 
-METHODS: dict[str, Callable[..., Recoverer]] = {
-    "constant": _constant,
-    "best-constant": _best_constant,
-    "zero-shot": _prompted(0),
-    "few-shot": _prompted(SHOTS),
-    "fine-tuned": _fine_tuned,
-    "retrieval": _retrieval,
-    "embedding": _embedding,
+def build(name: str, task: Task) -> Recoverer:
+    """The recoverer called `name` for a task, and before it those that it asks."""
+    method = METHODS[name]
+    if not method.needs:
+        return method.build(task)
+    return Joint({need: build(need, task) for need in method.needs}, method, task, name)
+
+
+def build_alone(name: str, task: Task) -> Recoverer:
+    """The recoverer called `name` for tables that hold the answers it works on, if any; so does the task's validation."""
+    return METHODS[name].build(task)
+
+
+def check_method(name: str, profile: Profile) -> None:
+    """Raise InputError where there is no such method, or where the profile cannot run it."""
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    if profile.in_keras and not METHODS[name].keras:
+        can = ", ".join(name for name, method in METHODS.items() if method.keras)
+        raise InputError(f"method {name}: profile {profile.name} runs no torch; choose one of {can}")
+
+
+CANDIDATES = ("embedding", "retrieval", "fine-tuned")  # whose answers are chosen from
+JOINED = (*CANDIDATES, "inversion-polished")  # and joined
+IMPROVE, MODIFY = "Improve this text by", "Modify this text by"
+
+METHODS: dict[str, Method] = {
+    # --- without the texts
+    "constant": Method("constants", "the competition's forum", "inference:build_constant", random=False, keras=True),
+    "best-constant": Method(
+        "constants", "the competition's forum", "inference:build_best_constant", random=False, keras=True
+    ),
+    "mean-prompt": Method("constants", "4th, 6th and 7th place", "mean_prompt:build"),
+    # --- a language model as it is
+    "zero-shot": Method("prompting", "the paper, 3.5", "prompting:build_prompted", random=False, keras=True),
+    "few-shot": Method("prompting", "reference notebooks", "prompting:build_prompted", {"shots": "random"}, keras=True),
+    "few-shot-similar": Method("prompting", "Liu et al., 2021", "prompting:build_prompted", {"shots": "similar"}),
+    "few-shot-diverse": Method("prompting", "Zhang et al., 2022", "prompting:build_prompted", {"shots": "diverse"}),
+    "prefix-improve": Method("prompting", "the forum", "prompting:build_opened", {"opening": IMPROVE}, random=False),
+    "prefix-modify": Method("prompting", "4th place", "prompting:build_opened", {"opening": MODIFY}, random=False),
+    "opening-verbs": Method("prompting", "1st place", "prompting:build_opening_verbs", random=False),
+    "sampled": Method("prompting", "Eikema and Aziz, 2020", "prompting:build_sampled"),
+    # --- fine-tuned
+    "fine-tuned": Method(
+        "fine-tuning", "reference notebooks", "prompting:build_prompted", {"adapted": True}, adapted=True, keras=True
+    ),
+    "fine-tuned-whole": Method(
+        "fine-tuning", "the paper, 3.5", "causal_lm:build", {"variant": "whole", "loss": "whole"}
+    ),
+    "fine-tuned-small": Method("fine-tuning", "the paper, 4.4", "causal_lm:build", {"variant": "small", "rows": 400}),
+    "fine-tuned-narrow": Method(
+        "fine-tuning",
+        "reference notebooks",
+        "causal_lm:build",
+        {"variant": "narrow", "rows": 400, "clusters": 16},
+    ),
+    "fine-tuned-opening-verbs": Method(
+        "fine-tuning", "1st place", "prompting:build_opening_verbs", {"adapted": True}, adapted=True
+    ),
+    "fine-tuned-sampled": Method(
+        "fine-tuning", "Eikema and Aziz, 2020", "prompting:build_sampled", {"adapted": True}, adapted=True
+    ),
+    # --- rewarded with the score
+    "ppo-base": Method("preferences", "the paper, 3.2", "ppo:build", {"start": "base"}),
+    "ppo-tuned": Method("preferences", "open idea", "ppo:build", {"start": "tuned"}, adapted=True),
+    "rloo": Method("preferences", "open idea", "preferences:build_rloo", adapted=True),
+    "dpo": Method("preferences", "reference portfolio", "preferences:build_dpo", {"pairs": "own"}, adapted=True),
+    "dpo-other": Method("preferences", "the forum", "preferences:build_dpo", {"pairs": "other"}, adapted=True),
+    # --- an encoder
+    "infilling": Method("encoders", "the paper, 3.4", "infilling:build", {"length": "drawn"}),
+    "infilling-likelihood": Method("encoders", "open idea", "infilling:build", {"length": "likelihood"}),
+    "infilling-scs": Method(
+        "encoders", "the paper, 3.4", "infilling:build", {"length": "likelihood", "scs_share": 0.5}
+    ),
+    "encoder-decoder": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "none"}),
+    "bridge-pooled": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "pooled"}),
+    "bridge-sequence": Method("encoders", "the texts' difference", "encoder_decoder:build", {"bridge": "sequence"}),
+    # --- the prompt's embedding
+    "retrieval": Method("embeddings", "2nd place", "embedding:build_retrieval", random=False, keras=True),
+    "embedding": Method("embeddings", "2nd place, decoded here", "embedding:build_embedding", keras=True),
+    "inversion": Method("embeddings", "4th place; GEIA", "inversion:build"),
+    "inversion-polished": Method("embeddings", "open idea", "inversion:build_polished", needs=("inversion",)),
+    # --- others' answers, chosen or joined
+    "concatenation": Method("ensembles", "1st place", "joining:build_concatenation", needs=JOINED),
+    "judge": Method("ensembles", "reference notebooks", "choosing:build_judge", needs=CANDIDATES),
+    "agreement": Method("ensembles", "open idea", "choosing:build_agreement", needs=CANDIDATES),
+    "forward-likelihood": Method("ensembles", "open idea", "choosing:build_likelihood", needs=CANDIDATES),
+    "contrastive-likelihood": Method(
+        "ensembles", "open idea", "choosing:build_likelihood", {"contrastive": True}, needs=CANDIDATES
+    ),
+    "gate-tags-clusters": Method("ensembles", "3rd place", "joining:build_gate_tags_clusters", needs=("fine-tuned",)),
+    # without the embedding method's own answer, which is joined for the very score that is maximised here
+    "mbr": Method("ensembles", "open idea", "choosing:build_mbr", needs=JOINED[1:]),
+    "blend": Method("ensembles", "open idea", "joining:build_blend", needs=JOINED),
 }

@@ -64,6 +64,10 @@ class Scorer:
             return np.zeros((0, 0), dtype=np.float32)
         return np.stack([self._known[text] for text in texts])
 
+    def remember(self, texts: Sequence[str], vectors: np.ndarray) -> None:
+        """Take unit vectors [n, d] of texts as known: what was encoded elsewhere is not encoded again."""
+        self._known.update(zip(texts, vectors, strict=True))
+
     def scs(self, predicted: Sequence[str], true: Sequence[str]) -> np.ndarray:
         """SCS of each pair of texts, shape [n]."""
         return scs(self.encode(predicted), self.encode(true))

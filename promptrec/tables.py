@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -151,6 +152,14 @@ def write_table(table: pd.DataFrame, path: str | Path) -> Path:
 def write_json(value: object, path: str | Path) -> Path:
     """Write JSON atomically, indented, keys as given."""
     return write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", path)
+
+
+def read_json(path: str | Path) -> Any:
+    """What write_json wrote. Raises InputError where it is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: is damaged ({error}); remove it") from None
 
 
 def write_text(text: str, path: str | Path) -> Path:

@@ -8,7 +8,9 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two busy processes of two threads wait for each other
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # before torch is imported: two busy processes of two threads wait for each other
+    )
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # tests never reach for the network
 
 import hashlib

@@ -29,6 +29,45 @@ SMALL = {
     "DecodeSettings.most_steps": 8,
     "DecodeSettings.searched_rows": 2,
     "DecodeSettings.evaluations": 12,
+    "AskingSettings.train_rows": 40,
+    "AskingSettings.test_rows": 9,
+    "AskingSettings.sampled_rows": 5,
+    "AskingSettings.samples": 2,
+    "PromptingSettings.new_tokens": 5,
+    "PromptingSettings.pool": 30,
+    "EnsembleSettings.learn_rows": 40,
+    "EnsembleSettings.choose_rows": 12,
+    "EnsembleSettings.answer_rows": 10,
+    "EnsembleSettings.more_prompts": 60,
+    "DemonstrationSettings.train_rows": 40,
+    "DemonstrationSettings.test_rows": 8,
+    "DemonstrationSettings.steps": 3,
+    "DemonstrationSettings.scs_steps": 2,
+    "DemonstrationSettings.lengths_tried": 2,
+    "ReinforcementSettings.test_rows": 6,
+    "ReinforcementSettings.steps": 2,
+    "ReinforcementSettings.first_steps": 2,
+    "TrainOnSettings.all_rows": 60,
+    "TrainOnSettings.few_rows": 12,
+    "TrainOnSettings.steps": 2,
+    "TrainOnSettings.watched": 6,
+    "TrainOnSettings.answered": 4,
+    "InversionDemo.inverted_train": 40,
+    "InversionDemo.inverted_test": 8,
+    "InversionDemo.bank_rows": 40,
+    "InversionDemo.decoder_steps": 3,
+    "InversionDemo.polished_rows": 2,
+    "InversionDemo.evaluations": 6,
+    "LoraSettings.rank": 2,
+    "LoraSettings.batch_size": 4,
+    "DPOSettings.watched_rows": 2,
+    "DPOSettings.fitted_rows": 12,
+    "DPOSettings.least_gap": 0.0,
+    **{
+        f"{kind}Settings.{name}": value
+        for kind in ("PPO", "RLOO", "DPO")
+        for name, value in {"rows": 4, "rows_a_step": 2, "samples": 2, "new_tokens": 4}.items()
+    },
 }
 
 
@@ -86,3 +125,29 @@ def test_from_embedding_to_prompt_runs_with_and_without_the_benchmark(run):
     assert table.notna().all().all() and "joined" in printed and "bank_prompt_by_oracle" in printed
     printed, _ = run("from-embedding-to-prompt", **{"DecodeSettings.benchmark": "none.json"})
     assert "skipped: no none.json" in printed
+
+
+def test_prompting_and_ensembles_runs_and_shows_the_comparison(run):
+    printed, out = run("prompting-and-ensembles")
+    table = pd.read_csv(out / "prompting-answers.csv")
+    assert len(table) == 9 and table.notna().all().all() and "skipped" not in printed
+    assert "trusts:" in printed and "best single part:" in printed and "few-shot-similar" in printed
+
+
+def test_infilling_encoder_decoders_and_inversion_run(run):
+    printed, _ = run("infilling-and-encoder-decoders")
+    assert "the expected embedding is nearest to" in printed and "s a row" in printed
+    assert {"bridge-pooled", "infilling-likelihood", "inversion-polished"} <= set(printed.split())
+
+
+def test_preferences_run_from_a_first_adapter_of_their_own(run):
+    printed, out = run("preferences-and-reinforcement")
+    table = pd.read_csv(out / "preference-answers.csv")
+    assert len(table) == 6 and table.notna().all().all()
+    assert "first two steps" in printed and {"ppo-base", "dpo-other", "rloo"} <= set(printed.split())
+
+
+def test_what_to_train_on_runs_every_variant(run):
+    printed, out = run("what-to-train-on")
+    assert len(pd.read_csv(out / "what-to-train-on.csv")) == 4
+    assert "tokens are labelled" in printed and "fine-tuned-narrow" in printed

@@ -72,6 +72,9 @@ BAD = {
     "score in.csv truth.csv --scorer t5-hf --scorer-model nowhere": "spiece.model is missing",
     "score in.csv truth.csv --scorer t5-tf --scorer-model /nowhere": "/nowhere: no such directory",
     "doctor --profile kaggle-t4x2": "7 input(s) missing",
+    "series --part 4-celebrate": "part '4-celebrate' is unknown; choose one of 1-generate-data",
+    "compare in.csv --out o --methods constant,magic": "method 'magic' is unknown; choose one of constant",
+    "compare in.csv --out o --seeds 0": "Invalid value for '--seeds'",
     # what stands in the files
     "recover nowhere.csv --out p.csv --method constant": "nowhere.csv: no such file",
     "recover folder.csv --out p.csv --method constant": "folder.csv: no such file",
@@ -96,7 +99,11 @@ BAD = {
     "score in.csv null.jsonl": "truth: id 'b' has a blank",
     "finetune train-only.csv --out adapter": "3 training and 0 validation rows; both are needed",
     "finetune leaking.csv --out adapter": "prompt_cluster '0' lies in 2 splits",
+    "compare nowhere.csv --out o --methods constant": "nowhere.csv: no such file",
+    "compare truth.csv --out o --methods constant": "truth.csv: no column original_text",
+    "compare train-only.csv --out o --methods constant": "train-only.csv: no validation rows",
     # where the result should go
+    "compare in.csv --out in.csv --methods constant": "--out in.csv: is a file; name a folder",
     "recover in.csv --out folder.csv --method constant": "--out folder.csv: is a folder",
     "recover in.csv --out in.csv/p.csv --method constant": "choose another place",
     "rewrite grammar.csv --out in.csv/p.jsonl": "choose another place",
@@ -235,11 +242,14 @@ def test_doctor_reports_what_is_here(cli):
 def test_no_argument_and_help_show_every_command(cli):
     (code, out, err), (same_code, same_out, _) = cli(), cli("--help")
     assert (code, err, same_code) == (0, "", 0) and out == same_out
-    for command in ("doctor", "series", "rewrite", "finetune", "recover", "score", "mean-prompt"):
+    for command in COMMANDS:
         assert f" {command} " in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "series", "rewrite", "finetune", "recover", "score", "mean-prompt"])
+COMMANDS = ["doctor", "series", "rewrite", "finetune", "recover", "score", "compare", "mean-prompt"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(cli, command):
     code, out, err = cli(command, "--help")
     assert (code, err) == (0, "") and f"promptrec {command}" in out and "--profile" in out

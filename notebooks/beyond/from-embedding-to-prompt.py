@@ -392,9 +392,9 @@ if report is not None:
 # %%
 out = Path(profile.out)
 table = test[["id"]].assign(**{name: texts for name, texts in answers.items() if len(texts) == len(test)})
-write_table(table, out / "embedding-answers.csv")
+path = write_table(table, out / "embedding-answers.csv")
 write_manifest(
-    out / "embedding-answers.csv", started=started, profile=profile.name, seed=settings.seed, rows=len(table),
+    path, started=started, profile=profile.name, seed=settings.seed, rows=len(table),
     settings=settings, scorer=scorer.name,
 )  # fmt: skip
-print(f"{out / 'embedding-answers.csv'}: {len(table)} rows")
+print(f"{path.name}: {len(table)} rows")

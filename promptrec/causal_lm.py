@@ -1,0 +1,80 @@
+"""What to fine-tune a causal LM on: the answer or the whole text, all triples or few, of many prompts or of few.
+
+References 000 and 002 report that a small set beats a large one, that a loss over the whole text overfits, and that the
+diversity of the prompts matters. Here each is one change of the same fine-tuning: steps, batches and lengths stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from promptrec.errors import InputError
+from promptrec.inference import LanguageModelRecoverer, held_out_scs
+from promptrec.language_model import GenerationSettings
+from promptrec.lora import T4, LoraSettings, finetune
+from promptrec.profiles import override
+from promptrec.prompting import build_prompted
+
+if TYPE_CHECKING:
+    from promptrec.methods import Task
+
+COMPARED = LoraSettings(steps=100, batch_size=16, max_tokens=128, evaluate_every=100, validation_rows=16)
+
+
+def train_adapter(task: Task, folder: str | Path, **changes: object) -> Path:
+    """Fine-tune the profile's base model on the task's triples with what all compared adapters share; the folder.
+
+    `changes` are settings of lora.LoraSettings. Where a run evaluates on its way, the best checkpoint by SCS is kept,
+    else the last. A finished folder is not trained again.
+    """
+    profile = task.profile
+    settings = override(COMPARED if profile.name == "local" else T4, seed=task.seed, **changes)
+    watched = task.validation.sample(min(len(task.validation), settings.validation_rows), random_state=task.seed)
+    measure = None
+    if settings.evaluate_every < settings.steps:
+        measure = held_out_scs(watched, task.scorer, profile.chat, GenerationSettings(batch_size=64))
+    finetune(task.train, watched, profile.base_model, folder, settings, profile.chat, measure)
+    return Path(folder)
+
+
+def subset(train: pd.DataFrame, groups: np.ndarray, rows: int, clusters: int = 0, seed: int = 0) -> pd.DataFrame:
+    """At most `rows` triples drawn at random; with `clusters`, equally many of each of so many prompt clusters.
+
+    groups: prompt cluster of each triple, [n]. Clusters too small for their share are taken last.
+    Raises InputError unless there is at least a row for each cluster.
+    """
+    if rows < max(1, clusters):
+        raise InputError(f"{rows} training rows cannot hold {clusters} prompt clusters; allow at least a row each")
+    drawn = train.assign(prompt_cluster=groups).sample(frac=1, random_state=seed)
+    if clusters:
+        share = rows // clusters
+        sizes = drawn["prompt_cluster"].value_counts(sort=False).clip(upper=share)
+        kept = sizes.sort_values(ascending=False, kind="stable").index[:clusters]
+        drawn = drawn[drawn["prompt_cluster"].isin(kept)].groupby("prompt_cluster").head(share)
+    return drawn.head(rows).reset_index(drop=True)
+
+
+def build(
+    task: Task,
+    variant: str = "",
+    loss: str = "answer",
+    rows: int = 0,
+    clusters: int = 0,
+    folder: str | Path | None = None,
+) -> LanguageModelRecoverer:
+    """The base model with an adapter of its own: another loss, or fewer `rows` (0: all) of few `clusters` (0: any).
+
+    `variant` goes into its name. The adapter is kept in `folder`, where one is given.
+    """
+    if rows:
+        task = replace(task, train=subset(task.train, task.clusters, rows, clusters, task.seed))
+    with TemporaryDirectory(prefix="adapter-") as scratch:
+        adapter = train_adapter(task, folder or scratch, loss=loss)
+        recoverer = build_prompted(replace(task, adapter=adapter), adapted=True)
+    return replace(recoverer, name=f"fine-tuned-{variant}" if variant else "fine-tuned")

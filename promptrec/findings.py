@@ -1,0 +1,131 @@
+"""What a comparison found: a table of methods, reported claims put to the test, and the rows that the book shows.
+
+Knows finished trials only, as trials.py writes them: {"method", "seed", "answers": [{"id", "answer", "scs"}], costs}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from promptrec.comparison import compare, interval
+from promptrec.errors import InputError
+from promptrec.methods import METHODS
+from promptrec.tables import read_json
+
+BASELINE = "best-constant"
+READ = ["source", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n", "seeds"]
+CLOCKS = ("seconds", "cpu_seconds")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A finding reported elsewhere, as two methods of which one should score more."""
+
+    text: str
+    source_of_claim: str
+    better: str
+    worse: str
+
+
+CLAIMS = (
+    Claim("fine-tuning beats few-shot prompting", "reference notebooks", "fine-tuned", "few-shot"),
+    Claim("few-shot prompting beats zero-shot", "reference notebooks", "few-shot", "zero-shot"),
+    Claim("a small training set beats a large one", "the paper", "fine-tuned-small", "fine-tuned"),
+    Claim(
+        "diverse training prompts beat few, repeated ones",
+        "reference notebooks",
+        "fine-tuned-small",
+        "fine-tuned-narrow",
+    ),
+    Claim("loss on the answer beats loss on the whole text", "cma1114", "fine-tuned", "fine-tuned-whole"),
+    Claim("PPO lifts a base model", "the paper found it flat", "ppo-base", "zero-shot"),
+    Claim("PPO lifts a fine-tuned model", "open idea", "ppo-tuned", "fine-tuned"),
+    Claim("RLOO lifts a fine-tuned model", "open idea", "rloo", "fine-tuned"),
+    Claim("DPO on its own ranked answers lifts a fine-tuned model", "reference portfolio", "dpo", "fine-tuned"),
+    Claim("own answers make better DPO pairs than another model's", "reference portfolio", "dpo", "dpo-other"),
+    Claim("a length chosen by likelihood beats a drawn one", "open idea", "infilling-likelihood", "infilling"),
+    Claim("a bridge that keeps the sequence beats a pooled one", "open idea", "bridge-sequence", "bridge-pooled"),
+    Claim("contrastive likelihood beats plain likelihood", "open idea", "contrastive-likelihood", "forward-likelihood"),
+    Claim("a model is a poor judge: agreement chooses better", "reference notebooks", "agreement", "judge"),
+    Claim("token search improves an inverted prompt", "open idea", "inversion-polished", "inversion"),
+    Claim("the blend beats the best single method", "open idea", "blend", "embedding"),
+)
+
+
+def row_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
+    """SCS of every method on every test row, averaged over its seeds: source, method, id, prompt_cluster, scs."""
+    test = rows[rows["split"] == "test"][["id", "source", "prompt_cluster"]]
+    answers = [pd.DataFrame(one["answers"]).assign(method=one["method"], seed=one["seed"]) for one in finished]
+    keys = ["source", "method", "id", "prompt_cluster"]
+    return test.merge(pd.concat(answers), on="id").groupby(keys, as_index=False)["scs"].mean()
+
+
+def results(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
+    """One row for each source of the test rows and method, best first: mean SCS with interval, difference, cost.
+
+    The seeds of a method are averaged by test row before rows are resampled by prompt cluster.
+    """
+    trials = pd.DataFrame(finished)
+    costs = trials.groupby("method").agg(
+        seeds=("seed", "nunique"),
+        **{f"{part}_{kind}": (f"{part}_{kind}", "mean") for part in ("fit", "answer") for kind in CLOCKS},
+        memory_mib=("memory_mib", "max"),
+    )
+    costs["family"] = [METHODS[method].family for method in costs.index]
+    costs["idea"] = [METHODS[method].source for method in costs.index]
+    tables = []
+    for source, part in row_scores(rows, finished).groupby("source"):
+        table = compare(part, BASELINE).merge(costs, on="method").assign(source=source)
+        tables.append(table.merge(_spread(rows, finished, source), on="method"))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _spread(rows: pd.DataFrame, finished: Sequence[dict], source: str) -> pd.Series:
+    """Standard deviation of the seeds' means, by method."""
+    asked = set(rows.loc[(rows["split"] == "test") & (rows["source"] == source), "id"])
+    means = [(one["method"], np.mean([row["scs"] for row in one["answers"] if row["id"] in asked])) for one in finished]
+    return pd.DataFrame(means, columns=["method", "spread"]).groupby("method")["spread"].std(ddof=0)
+
+
+def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[dict]:
+    """What was claimed elsewhere, put to the test: paired differences on the same rows, of methods that have answered.
+
+    `scores` as row_scores gives them. A claim is confirmed or refuted where the interval excludes zero.
+    """
+    told = []
+    for source, part in scores.groupby("source"):
+        wide = part.pivot(index=["id", "prompt_cluster"], columns="method", values="scs")
+        for claim in claims:
+            if {claim.better, claim.worse} <= set(wide):
+                clusters = wide.index.get_level_values("prompt_cluster")
+                mean, low, high = interval((wide[claim.better] - wide[claim.worse]).to_numpy(), clusters)
+                verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "not decided at this size"
+                found = {"difference": mean, "low": low, "high": high, "n": len(wide), "verdict": verdict}
+                told.append({"source": source, **asdict(claim), **found})
+    return told
+
+
+def comparison_rows(methods: Sequence[str] = (), path: str | Path | None = None) -> pd.DataFrame:
+    """Rows of a comparison's results, of some methods or all; default: the comparison that the book shows."""
+    from promptrec.series import notebooks_folder
+
+    path = Path(path or notebooks_folder().parent / "benchmarks" / "compare.json")
+    if not path.is_file():
+        raise InputError(f"{path}: no comparison there; run promptrec compare")
+    table = pd.DataFrame(read_json(path)["rows"])[READ]
+    return table[table["method"].isin(methods)].reset_index(drop=True) if methods else table
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The results as a person reads them on a terminal."""
+    told = table.assign(
+        scs=[f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in table.itertuples(index=False)],
+        gain=[f"{row.difference:+.3f}" for row in table.itertuples(index=False)],
+        cpu_seconds=(table["fit_cpu_seconds"] + table["answer_cpu_seconds"]).round(1),
+    )
+    return told[["source", "method", "scs", "gain", "n", "seeds", "cpu_seconds"]].to_string(index=False)

@@ -1,0 +1,88 @@
+"""Put a comparison into the book: `python scripts/draw_comparison.py runs/compare/results.json`.
+
+Copies the results to benchmarks/compare.json and writes docs/comparison-tables.md, which docs/comparison.md includes,
+and a figure for each source of test rows. Without an argument it redraws from benchmarks/compare.json.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+
+from promptrec import plots
+from promptrec.tables import read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "compare.json"
+TABLES = ROOT / "docs" / "comparison-tables.md"
+SVG = {"svg.fonttype": "path", "svg.hashsalt": "promptrec"}
+HEADER = ("method", "family", "mean SCS", "difference", "seeds (spread)", "fit, CPU s", "answer, CPU s", "memory, MiB")
+
+
+def figure_name(source: str) -> str:
+    """File name of a source's figure."""
+    return "comparison-" + "".join(letter if letter.isalnum() else "-" for letter in source).strip("-") + ".svg"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """One source's rows as a Markdown table, best first."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADER) - 2)]
+    for row in table.itertuples(index=False):
+        cells = (
+            row.method,
+            row.family,
+            f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]",
+            f"{row.seeds} ({row.spread:.3f})" if row.seeds > 1 else f"{row.seeds}",
+            f"{row.fit_cpu_seconds:.0f}",
+            f"{row.answer_cpu_seconds:.0f}",
+            f"{row.memory_mib:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def claims(results: dict) -> str:
+    """What was reported elsewhere, with the paired difference found here."""
+    lines = ["| claim | who | rows | difference | verdict |", "|---|---|---|---:|---|"]
+    for one in results["claims"]:
+        difference = f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
+        cells = one["text"], one["source_of_claim"], one["source"], difference, one["verdict"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_tables(results: dict) -> None:
+    """The file of tables: a heading, a figure and a table for each source."""
+    parts = []
+    for source, table in pd.DataFrame(results["rows"]).groupby("source"):
+        told = f"n = {table['n'].iloc[0]} rows of {table['clusters'].iloc[0]} prompt clusters; {results['scorer']}"
+        alt = f"Mean SCS with intervals on {source} rows; the table below has the numbers."
+        image = f"```{{image}} ../images/{figure_name(source)}\n:alt: {alt}\n:width: 100%\n```"
+        parts.append(f"## On {source} rows\n\n{told}\n\n{image}\n\n{markdown(table)}\n")
+    parts.append(f"## Claims, put to the test\n\n{claims(results)}\n")
+    missing = ", ".join(results["missing"]) or "none"
+    parts.append(f"Trials without a result: {missing}. All others took {results['cpu_seconds']:,} processor seconds.\n")
+    write_text("\n".join(parts), TABLES)
+
+
+def draw(results: dict) -> None:
+    """The figures."""
+    for source, table in pd.DataFrame(results["rows"]).groupby("source"):
+        with matplotlib.rc_context(SVG):
+            plots.method_intervals(table).savefig(ROOT / "images" / figure_name(source), metadata={"Date": None})
+
+
+def main() -> None:
+    """Copy, write, draw."""
+    results = read_json(sys.argv[1] if len(sys.argv) > 1 else KEPT)
+    write_json(results, KEPT)
+    write_tables(results)
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()

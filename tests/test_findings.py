@@ -1,0 +1,61 @@
+"""What a comparison found: seeds averaged by row, claims judged by intervals, and the committed results in the book."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from promptrec.errors import InputError
+from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, results
+from promptrec.methods import METHODS
+from promptrec.tables import write_json
+
+
+def test_seeds_are_averaged_by_row_before_the_interval():
+    rows = pd.DataFrame({"id": list("abcd"), "split": "test", "source": "s", "prompt_cluster": [0, 1, 2, 3]})
+
+    def trial(method, seed, scs):
+        answers = [{"id": one, "answer": "x", "scs": value} for one, value in zip("abcd", scs, strict=True)]
+        cost = {
+            "fit_seconds": 1,
+            "answer_seconds": 2,
+            "fit_cpu_seconds": 1,
+            "answer_cpu_seconds": 1,
+            "memory_mib": 3,
+            "history": [],
+        }
+        return {"method": method, "seed": seed, "answers": answers, **cost}
+
+    base = trial("best-constant", 0, [0.1, 0.1, 0.1, 0.1])
+    table = results(rows, [base, trial("embedding", 0, [0, 0.4, 0, 0.4]), trial("embedding", 1, [0.4, 0, 0.4, 0])])
+    row = table.set_index("method").loc["embedding"]
+    assert row["mean"] == pytest.approx(0.2) and row["low"] == pytest.approx(0.2) == row["high"]
+    assert row["spread"] == pytest.approx(0) and row["seeds"] == 2
+    wide = results(rows, [base, trial("embedding", 0, np.full(4, 0.2)), trial("embedding", 1, np.full(4, 0.4))])
+    assert wide.set_index("method").loc["embedding", "spread"] == pytest.approx(0.1)
+
+
+def test_rows_of_the_comparison_can_be_read_by_method(tmp_path):
+    rows = [dict.fromkeys(READ, 0) | row for row in ({"method": "constant"}, {"method": "embedding", "mean": 0.2})]
+    path = write_json({"rows": rows}, tmp_path / "compare.json")
+    assert comparison_rows(["embedding", "none"], path)["mean"].tolist() == [0.2]
+    with pytest.raises(InputError, match="run promptrec compare"):
+        comparison_rows(path=tmp_path / "nowhere.json")
+
+
+def test_a_claim_is_judged_by_the_interval_of_paired_differences():
+    methods = {"up": [0.3, 0.4, 0.5, 0.6], "down": [0.1, 0.2, 0.3, 0.4], "mixed": [0.6, 0.1, 0.6, 0.5]}
+    scores = pd.DataFrame(
+        [
+            {"source": "s", "method": method, "id": str(row), "prompt_cluster": row, "scs": value}
+            for method, values in methods.items()
+            for row, value in enumerate(values)
+        ]
+    )
+    pairs = [("up", "down"), ("down", "up"), ("up", "mixed"), ("up", "absent")]
+    told = contrasts(scores, [Claim("x", "y", *pair) for pair in pairs])
+    assert [one["verdict"] for one in told] == ["confirmed", "refuted", "not decided at this size"]
+    assert told[0]["difference"] == pytest.approx(0.2) and told[0]["n"] == 4
+
+
+def test_every_claim_is_about_methods_that_exist():
+    assert {method for claim in CLAIMS for method in (claim.better, claim.worse)} <= set(METHODS)
