@@ -19,6 +19,7 @@ from promptrec.tables import read_json
 
 BASELINE = "best-constant"
 READ = ["source", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n", "seeds"]
+SPOKEN = {"promptrec": "hand-written"}  # sources as the book calls them
 CLOCKS = ("seconds", "cpu_seconds")
 
 
@@ -59,7 +60,7 @@ CLAIMS = (
 
 def row_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     """SCS of every method on every test row, averaged over its seeds: source, method, id, prompt_cluster, scs."""
-    test = rows[rows["split"] == "test"][["id", "source", "prompt_cluster"]]
+    test = rows.loc[rows["split"] == "test", ["id", "source", "prompt_cluster"]].replace({"source": SPOKEN})
     answers = [pd.DataFrame(one["answers"]).assign(method=one["method"], seed=one["seed"]) for one in finished]
     keys = ["source", "method", "id", "prompt_cluster"]
     return test.merge(pd.concat(answers), on="id").groupby(keys, as_index=False)["scs"].mean()
@@ -81,13 +82,12 @@ def results(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     tables = []
     for source, part in row_scores(rows, finished).groupby("source"):
         table = compare(part, BASELINE).merge(costs, on="method").assign(source=source)
-        tables.append(table.merge(_spread(rows, finished, source), on="method"))
+        tables.append(table.merge(_spread(set(part["id"]), finished), on="method"))
     return pd.concat(tables, ignore_index=True)
 
 
-def _spread(rows: pd.DataFrame, finished: Sequence[dict], source: str) -> pd.Series:
-    """Standard deviation of the seeds' means, by method."""
-    asked = set(rows.loc[(rows["split"] == "test") & (rows["source"] == source), "id"])
+def _spread(asked: set, finished: Sequence[dict]) -> pd.Series:
+    """Standard deviation of the seeds' means over the rows `asked`, by method."""
     means = [(one["method"], np.mean([row["scs"] for row in one["answers"] if row["id"] in asked])) for one in finished]
     return pd.DataFrame(means, columns=["method", "spread"]).groupby("method")["spread"].std(ddof=0)
 
@@ -105,7 +105,8 @@ def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[di
                 clusters = wide.index.get_level_values("prompt_cluster")
                 mean, low, high = interval((wide[claim.better] - wide[claim.worse]).to_numpy(), clusters)
                 verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "not decided at this size"
-                found = {"difference": mean, "low": low, "high": high, "n": len(wide), "verdict": verdict}
+                means = {"better_mean": wide[claim.better].mean(), "worse_mean": wide[claim.worse].mean()}
+                found = means | {"difference": mean, "low": low, "high": high, "n": len(wide), "verdict": verdict}
                 told.append({"source": source, **asdict(claim), **found})
     return told
 

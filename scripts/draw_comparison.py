@@ -47,16 +47,17 @@ def markdown(table: pd.DataFrame) -> str:
 
 def claims(results: dict) -> str:
     """What was reported elsewhere, with the paired difference found here."""
-    lines = ["| claim | who | rows | difference | verdict |", "|---|---|---|---:|---|"]
+    lines = ["| claim | who | rows | mean SCS of the two | difference | verdict |", "|---|---|---|---:|---:|---|"]
     for one in results["claims"]:
         difference = f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-        cells = one["text"], one["source_of_claim"], one["source"], difference, one["verdict"]
+        means = f"{one['better_mean']:.3f}, {one['worse_mean']:.3f}"
+        cells = one["text"], one["source_of_claim"], one["source"], means, difference, one["verdict"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def write_tables(results: dict) -> None:
-    """The file of tables: a heading, a figure and a table for each source."""
+def tables(results: dict) -> str:
+    """What the page includes: a heading, a figure and a table for each source, then the claims."""
     parts = []
     for source, table in pd.DataFrame(results["rows"]).groupby("source"):
         told = f"n = {table['n'].iloc[0]} rows of {table['clusters'].iloc[0]} prompt clusters; {results['scorer']}"
@@ -64,9 +65,10 @@ def write_tables(results: dict) -> None:
         image = f"```{{image}} ../images/{figure_name(source)}\n:alt: {alt}\n:width: 100%\n```"
         parts.append(f"## On {source} rows\n\n{told}\n\n{image}\n\n{markdown(table)}\n")
     parts.append(f"## Claims, put to the test\n\n{claims(results)}\n")
-    missing = ", ".join(results["missing"]) or "none"
-    parts.append(f"Trials without a result: {missing}. All others took {results['cpu_seconds']:,} processor seconds.\n")
-    write_text("\n".join(parts), TABLES)
+    missing = pd.Series(results["missing"], dtype=str).str.split(", seed ").str[0].value_counts(sort=False)
+    told = ", ".join(f"{method} ({count})" for method, count in missing.items()) or "none"
+    parts.append(f"Trials without a result: {told}. All others took {results['cpu_seconds']:,} processor seconds.\n")
+    return "\n".join(parts)
 
 
 def draw(results: dict) -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     """Copy, write, draw."""
     results = read_json(sys.argv[1] if len(sys.argv) > 1 else KEPT)
     write_json(results, KEPT)
-    write_tables(results)
+    write_text(tables(results), TABLES)
     draw(results)
 
 

@@ -1,5 +1,8 @@
 """What a comparison found: seeds averaged by row, claims judged by intervals, and the committed results in the book."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from promptrec.errors import InputError
 from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, results
 from promptrec.methods import METHODS
-from promptrec.tables import write_json
+from promptrec.tables import read_json, write_json
 
 
 def test_seeds_are_averaged_by_row_before_the_interval():
@@ -59,3 +62,16 @@ def test_a_claim_is_judged_by_the_interval_of_paired_differences():
 
 def test_every_claim_is_about_methods_that_exist():
     assert {method for claim in CLAIMS for method in (claim.better, claim.worse)} <= set(METHODS)
+
+
+def test_the_page_shows_the_committed_results():
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location("draw_comparison", root / "scripts" / "draw_comparison.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    kept = read_json(script.KEPT)
+    assert script.TABLES.read_text() == script.tables(kept)
+    for source in {row["source"] for row in kept["rows"]}:
+        assert (root / "images" / script.figure_name(source)).is_file()
+    shown = comparison_rows()
+    assert set(shown["method"]) <= set(METHODS) and (shown["n"] > 0).all()

@@ -10,6 +10,7 @@ import pytest
 from promptrec import trials
 from promptrec.data import shipped_triples
 from promptrec.errors import InputError
+from promptrec.findings import CLAIMS
 from promptrec.methods import METHODS, Method
 from promptrec.profiles import get_profile
 from promptrec.tables import read_json, write_table
@@ -138,3 +139,55 @@ def test_the_command_names_an_unknown_method(triples, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("promptrec: method 'x' is unknown")
+
+
+TINY = {
+    "SearchSettings.evaluations": 20,
+    "PromptingSettings.new_tokens": 4,
+    "PromptingSettings.pool": 20,
+    "PromptingSettings.text_words": 10,
+    "LoraSettings.steps": 2,
+    "LoraSettings.batch_size": 2,
+    "LoraSettings.rank": 2,
+    "LoraSettings.evaluate_every": 2,
+    "LoraSettings.validation_rows": 2,
+    "InfillingSettings.steps": 2,
+    "EncoderDecoderSettings.steps": 2,
+    "InversionSettings.steps": 2,
+    "InversionSettings.samples": 1,
+    "InversionSettings.evaluations": 2,
+    "JoiningSettings.clusters": 2,
+    "JoiningSettings.evaluations": 5,
+    "DPOSettings.fitted_rows": 12,
+    "DPOSettings.least_gap": 0.0,
+    "DPOSettings.watched_rows": 2,
+    **{
+        f"{kind}Settings.{name}": value
+        for kind in ("PPO", "RLOO", "DPO")
+        for name, value in {"steps": 2, "rows": 4, "rows_a_step": 2, "samples": 2, "new_tokens": 4, "words": 8}.items()
+    },
+}
+
+
+def test_every_method_runs_in_a_comparison_small_enough_to_wait_for(triples, tmp_path, small_bank, monkeypatch):
+    """The whole comparison, every method, one seed; in this process, as the imports would take most of the time."""
+    monkeypatch.setenv("PROMPTREC_SETTINGS", json.dumps(TINY))
+    monkeypatch.setenv("PROMPTREC_CACHE", str(tmp_path / "cache"))
+    profile, folder = get_profile("local"), tmp_path / "compared"
+    rows = trials.prepare(triples, folder, profile, SMALL)
+    todo = [Trial(folder, method, 0) for wave in in_waves(METHODS) for method in wave]
+    for trial in todo:
+        told = trials.run_trial(trial, profile)
+        assert all(row["answer"].strip() and -1 <= row["scs"] <= 1 for row in told["answers"]), trial.method
+    table = trials.write_results(folder, rows, todo, profile, SMALL)
+    assert set(table["method"]) == set(METHODS) and set(table["source"]) == {"a", "b"}
+    assert table[["mean", "low", "high", "difference"]].notna().all().all()
+    written = read_json(folder / "results.json")
+    assert written["missing"] == [] and {one["text"] for one in written["claims"]} == {one.text for one in CLAIMS}
+    assert {name.split(",")[0] for name in written["histories"]} >= {
+        "ppo-base",
+        "ppo-tuned",
+        "rloo",
+        "dpo",
+        "dpo-other",
+    }
