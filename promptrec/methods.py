@@ -148,6 +148,9 @@ METHODS: dict[str, Method] = {
         "constants", "the competition's forum", "inference:build_best_constant", random=False, keras=True
     ),
     "mean-prompt": Method("constants", "4th, 6th and 7th place", "mean_prompt:build"),
+    # --- the prompt's embedding; early, because later methods read its fit from the cache
+    "retrieval": Method("embeddings", "2nd place", "embedding:build_retrieval", random=False, keras=True),
+    "embedding": Method("embeddings", "2nd place, decoded here", "embedding:build_embedding", keras=True),
     # --- a language model as it is
     "zero-shot": Method("prompting", "the paper, 3.5", "prompting:build_prompted", random=False, keras=True),
     "few-shot": Method("prompting", "reference notebooks", "prompting:build_prompted", {"shots": "random"}, keras=True),
@@ -192,9 +195,7 @@ METHODS: dict[str, Method] = {
     "encoder-decoder": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "none"}),
     "bridge-pooled": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "pooled"}),
     "bridge-sequence": Method("encoders", "the texts' difference", "encoder_decoder:build", {"bridge": "sequence"}),
-    # --- the prompt's embedding
-    "retrieval": Method("embeddings", "2nd place", "embedding:build_retrieval", random=False, keras=True),
-    "embedding": Method("embeddings", "2nd place, decoded here", "embedding:build_embedding", keras=True),
+    # --- from the prompt's embedding to a string
     "inversion": Method("embeddings", "4th place; GEIA", "inversion:build"),
     "inversion-polished": Method("embeddings", "open idea", "inversion:build_polished", needs=("inversion",)),
     # --- others' answers, chosen or joined
