@@ -120,7 +120,7 @@ if not (adapter / "adapter_model.safetensors").is_file():
     few = override(LoraSettings(), steps=settings.first_steps, evaluate_every=settings.first_steps)
     finetune(train, validation.head(16), profile.base_model, adapter, few, profile.chat)
 task = Task(profile, train, validation, adapter, settings.seed)
-print("starting from", adapter)
+print("starting from", adapter.name)
 
 # %% [markdown]
 # ## The reward, and what may not earn it

@@ -349,6 +349,32 @@ found = {name: interval(scs(scorer.encode(texts), truth[:count]), clusters) for 
 plots.method_intervals(pd.DataFrame(found, index=["mean", "low", "high"]).T.rename_axis("method").reset_index())
 
 # %% [markdown]
+# ## Prompting in the comparison
+#
+# The same ways of asking on the comparison's test rows, beside the constants. *difference* is to the best constant, row
+# by row; rows whose interval (*difference_low* to *difference_high*) lies above zero beat it. Names that begin with
+# `fine-tuned` start from the adapter. Only methods that have run are shown.
+
+# %%
+ASKED = ["zero-shot", "few-shot", "few-shot-similar", "few-shot-diverse"]
+OPENED = ["prefix-improve", "prefix-modify", "opening-verbs", "sampled"]
+try:
+    display(
+        comparison_rows(["best-constant", *ASKED, *OPENED, "fine-tuned", *(f"fine-tuned-{name}" for name in OPENED)])
+    )
+except InputError as error:
+    print("skipped:", error)
+
+# %%
+out = Path(profile.out)
+path = write_table(test[["id"]].assign(**answers), out / "prompting-answers.csv")
+write_manifest(
+    path, started=started, profile=profile.name, seed=settings.seed, rows=len(test),
+    settings=settings, asking=asking, scorer=scorer.name,
+)  # fmt: skip
+print(f"{path.name}: {len(test)} rows")
+
+# %% [markdown]
 # ## Choosing and joining
 #
 # So far every method answered by itself. Now there are several answers to each row, and something is to be made of them:
@@ -647,29 +673,3 @@ claims = pd.DataFrame(read_json(notebooks_folder().parent / "benchmarks" / "comp
 if len(claims):
     claims = claims[claims["better"].isin(ensembles)]
 claims.round(4)
-
-# %% [markdown]
-# ## Prompting in the comparison
-#
-# The same ways of asking on the comparison's test rows, beside the constants. *difference* is to the best constant, row
-# by row; rows whose interval (*difference_low* to *difference_high*) lies above zero beat it. Names that begin with
-# `fine-tuned` start from the adapter. Only methods that have run are shown.
-
-# %%
-ASKED = ["zero-shot", "few-shot", "few-shot-similar", "few-shot-diverse"]
-OPENED = ["prefix-improve", "prefix-modify", "opening-verbs", "sampled"]
-try:
-    display(
-        comparison_rows(["best-constant", *ASKED, *OPENED, "fine-tuned", *(f"fine-tuned-{name}" for name in OPENED)])
-    )
-except InputError as error:
-    print("skipped:", error)
-
-# %%
-out = Path(profile.out)
-path = write_table(test[["id"]].assign(**answers), out / "prompting-answers.csv")
-write_manifest(
-    path, started=started, profile=profile.name, seed=settings.seed, rows=len(test),
-    settings=settings, asking=asking, scorer=scorer.name,
-)  # fmt: skip
-print(f"{path.name}: {len(test)} rows")
