@@ -126,7 +126,7 @@ def test_a_copied_definition_equals_the_packages_and_runs_on_its_own(notebook, c
 
 
 def test_there_are_copied_definitions_in_every_part():
-    assert {name for name, *_ in copies()} == {f"{part}.py" for part in PARTS}
+    assert {name for name, *_ in copies()} >= {f"{part}.py" for part in PARTS}
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from promptrec import plots, ppo, preferences, rewards
 from promptrec.comparison import compare
@@ -147,6 +145,10 @@ pd.DataFrame({"answer": answers, "reward": reward(answers, [true_prompt] * len(a
 
 
 # %%
+import torch
+from torch import Tensor
+
+
 def advantages(  # same as promptrec.ppo.advantages
     rewards: Tensor, values: Tensor, mask: Tensor, discount: float, smoothing: float
 ) -> Tensor:
@@ -256,6 +258,10 @@ told.round(4)
 
 
 # %%
+import torch
+from torch import Tensor
+
+
 def less_row_mean(scores: Tensor, samples: int) -> Tensor:  # same as promptrec.ppo.less_row_mean
     """Scores [n], `samples` in a row to each request, less the mean of the request's other scores."""
     grouped = scores.view(-1, samples)
