@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = (
         "1"  # before torch is imported: two busy processes of two threads wait for each other
     )
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported, by whichever test is first
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # tests never reach for the network
 
 import hashlib
