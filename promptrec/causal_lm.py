@@ -1,7 +1,7 @@
 """What to fine-tune a causal LM on: the answer or the whole text, all triples or few, of many prompts or of few.
 
-References 000 and 002 report that a small set beats a large one, that a loss over the whole text overfits, and that the
-diversity of the prompts matters. Here each is one change of the same fine-tuning: steps, batches and lengths stay.
+A course paper and others report that a small set beats a large one, that a loss over the whole text overfits, and that
+the diversity of the prompts matters. Here each is one change of the same fine-tuning: steps, batches, lengths stay.
 """
 
 from __future__ import annotations

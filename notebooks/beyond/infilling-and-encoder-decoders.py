@@ -113,7 +113,7 @@ score("best constant", [best_constant(train["rewrite_prompt"].tolist(), scorer)]
 # %% [markdown]
 # ## Infilling
 #
-# BERT was trained to fill in masked words from what stands on both sides. A course paper (reference 000, section 3.4)
+# BERT was trained to fill in masked words from what stands on both sides. A course paper (Gan et al., section 3.4)
 # puts the prompt where BERT can see both texts at once, and hides it:
 #
 # > original. The task is to rewrite this narrative with the given blanks: [MASK] [MASK] [MASK] rewritten
