@@ -254,9 +254,10 @@ def scores_by_cluster(frame: pd.DataFrame) -> Figure:
 @_styled
 def cos_cubed(points: dict[str, float]) -> Figure:
     """The score as a function of the cosine, with named cosines marked on it, {name: cosine in [-1, 1]}."""
-    wrong = [name for name, cosine in points.items() if not -1 <= cosine <= 1]
+    wrong = [name for name, cosine in points.items() if not abs(cosine) <= 1 + 1e-5]  # fp32: a text with itself
     if wrong:
         raise InputError(f"cos_cubed: not a cosine between -1 and 1: {', '.join(wrong)}")
+    points = {name: min(1.0, max(-1.0, cosine)) for name, cosine in points.items()}
     figure, axes = _canvas(height=4)
     x = np.linspace(min([0.0, *points.values()]), 1, 200)
     axes.plot(x, x, color=GREY, linestyle=":", label="cos")

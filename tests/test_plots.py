@@ -193,3 +193,10 @@ def test_the_diagrams_are_what_their_script_draws(tmp_path):
     assert [path.read_bytes() for path in redrawn] == [path.read_bytes() for path in drawn]
     low = draw_module.memory_parts()["QLoRA, NF4 base"]
     assert sum(low.values()) < 15 < sum(draw_module.memory_parts()["LoRA, fp16 base"].values())
+
+
+def test_a_text_with_itself_may_be_rounded_above_one():
+    figure = plots.cos_cubed({"itself": 1.0000001192092896, "opposite": -1.0000001})
+    assert "itself: cosine 1.00 gives 1.00" in figure._alt
+    with pytest.raises(ValueError, match="not a cosine"):
+        plots.cos_cubed({"too far": 1.001})
