@@ -18,7 +18,7 @@ from promptrec.errors import InputError
 from promptrec.inference import LanguageModelRecoverer, held_out_scs
 from promptrec.language_model import GenerationSettings
 from promptrec.lora import T4, LoraSettings, finetune
-from promptrec.profiles import override
+from promptrec.profiles import preset
 from promptrec.prompting import build_prompted
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def train_adapter(task: Task, folder: str | Path, **changes: object) -> Path:
     else the last. A finished folder is not trained again.
     """
     profile = task.profile
-    settings = override(COMPARED if profile.name == "local" else T4, seed=task.seed, **changes)
+    settings = preset(profile, COMPARED, T4, seed=task.seed, **changes)
     watched = task.validation.sample(min(len(task.validation), settings.validation_rows), random_state=task.seed)
     measure = None
     if settings.evaluate_every < settings.steps:

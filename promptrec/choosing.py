@@ -21,7 +21,7 @@ from promptrec.errors import InputError
 from promptrec.inference import answer_column, check_pairs
 from promptrec.language_model import answer_log_likelihood, load_model, load_tokenizer, token_ids
 from promptrec.predictor import Posterior, choose
-from promptrec.profiles import override
+from promptrec.profiles import preset
 from promptrec.scoring import Scorer
 from promptrec.tables import progress
 from promptrec.templates import rewrite_request, user_turn
@@ -212,9 +212,10 @@ class BayesRisk:
 # --- what METHODS builds
 
 
-def chosen_settings(task: Task) -> ChoosingSettings:
-    """The settings for a task's profile."""
-    return override(ChoosingSettings() if task.profile.name == "local" else GPU, seed=task.seed)
+def _asked(task: Task, path: str) -> Asked:
+    """A language model that rates, with the settings that suit the task."""
+    settings = preset(task.profile, ChoosingSettings(), GPU, seed=task.seed)
+    return Asked(load_model(path), load_tokenizer(path), task.profile.chat, settings)
 
 
 def build_agreement(task: Task) -> Chooser:
@@ -224,20 +225,17 @@ def build_agreement(task: Task) -> Chooser:
 
 def build_judge(task: Task) -> Chooser:
     """The answer that the base model calls the right one."""
-    profile = task.profile
-    model, tokenizer = load_model(profile.base_model), load_tokenizer(profile.base_model)
-    return Chooser("judge", Asked(model, tokenizer, profile.chat, chosen_settings(task)).judge)
+    return Chooser("judge", _asked(task, task.profile.base_model).judge)
 
 
 def build_likelihood(task: Task, contrastive: bool = False) -> Chooser:
     """The answer under which the rewriter finds the rewrite most probable; offline the base model stands for it."""
-    profile, settings = task.profile, chosen_settings(task)
-    path = profile.rewriter_model if profile.rewriter == "hf" else profile.base_model
-    asked = Asked(load_model(path), load_tokenizer(path), profile.chat, settings)
+    profile = task.profile
+    asked = _asked(task, profile.rewriter_model if profile.rewriter == "hf" else profile.base_model)
     if not contrastive:
         return Chooser("forward-likelihood", asked.likelihood)
     distinct = task.train.drop_duplicates("rewrite_prompt")
-    references = distinct.sample(min(settings.references, len(distinct)), random_state=settings.seed)
+    references = distinct.sample(min(asked.settings.references, len(distinct)), random_state=asked.settings.seed)
     return Chooser("contrastive-likelihood", lambda table, candidates: asked.contrast(table, candidates, references))
 
 

@@ -187,6 +187,12 @@ def slice_words(text: str, words: int = 256) -> str:
     return cut[:end] if end >= len(cut) // 2 else cut
 
 
+def slice_texts(table: pd.DataFrame, words: int) -> pd.DataFrame:
+    """The table with both texts of each row cut to their first `words` words."""
+    pair = ("original_text", "rewritten_text")
+    return table.assign(**{name: [slice_words(text, words) for text in table[name]] for name in pair})
+
+
 def keep_original(text: str, shortest: int = 50) -> bool:
     """Whether a text can serve as an original: long enough (characters), ASCII, no wiki headings ("==")."""
     return len(text) >= shortest and text.isascii() and "==" not in text

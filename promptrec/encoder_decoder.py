@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from promptrec.errors import InputError
 from promptrec.inference import check_pairs, normalise
-from promptrec.profiles import override
+from promptrec.profiles import preset
 from promptrec.scoring import minilm_directory
 from promptrec.small_models import IGNORED, autocast, check_training_texts, device, frame, load, optimise
 from promptrec.tables import progress
@@ -270,7 +270,6 @@ class EncoderDecoderRecoverer:
 
 def build(task: Task, **options: object) -> EncoderDecoderRecoverer:
     """A model fitted to the task's training triples; options as EncoderDecoderSettings has them."""
-    base = EncoderDecoderSettings() if task.profile.name == "local" else BERT_GPT2
-    settings = override(base, seed=task.seed, **options)
+    settings = preset(task.profile, EncoderDecoderSettings(), BERT_GPT2, seed=task.seed, **options)
     name = "encoder-decoder" if settings.bridge == "none" else f"bridge-{settings.bridge}"
     return EncoderDecoderRecoverer(settings, name).fit(task.train)

@@ -66,10 +66,11 @@ def row_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     return test.merge(pd.concat(answers), on="id").groupby(keys, as_index=False)["scs"].mean()
 
 
-def results(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
+def results(scores: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     """One row for each source of the test rows and method, best first: mean SCS with interval, difference, cost.
 
-    The seeds of a method are averaged by test row before rows are resampled by prompt cluster.
+    `scores` as row_scores gives them: the seeds of a method are averaged by test row before rows are resampled by
+    prompt cluster.
     """
     trials = pd.DataFrame(finished)
     costs = trials.groupby("method").agg(
@@ -80,7 +81,7 @@ def results(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     costs["family"] = [METHODS[method].family for method in costs.index]
     costs["idea"] = [METHODS[method].source for method in costs.index]
     tables = []
-    for source, part in row_scores(rows, finished).groupby("source"):
+    for source, part in scores.groupby("source"):
         table = compare(part, BASELINE).merge(costs, on="method").assign(source=source)
         tables.append(table.merge(_spread(set(part["id"]), finished), on="method"))
     return pd.concat(tables, ignore_index=True)

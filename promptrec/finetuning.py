@@ -13,7 +13,7 @@ from promptrec.data import load_triples
 from promptrec.distributed import first, from_first, processes
 from promptrec.errors import InputError
 from promptrec.inference import held_out_scs
-from promptrec.profiles import Profile, model_name, override
+from promptrec.profiles import Profile, model_name, override, preset
 from promptrec.scoring import Scorer, profile_scorer
 from promptrec.splits import check_split, cluster_prompts, split_components
 from promptrec.tables import read_table, write_manifest
@@ -27,7 +27,7 @@ def settings_for(profile: Profile, **changes: object) -> object:
         return override(V3_8, **changes)
     from promptrec.lora import T4, LoraSettings
 
-    return override(LoraSettings() if profile.name == "local" else T4, **changes)
+    return preset(profile, LoraSettings(), T4, **changes)
 
 
 def trainer_for(profile: Profile, watched: pd.DataFrame, scorer: Scorer) -> tuple[Callable, Callable]:

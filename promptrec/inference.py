@@ -130,12 +130,12 @@ class LanguageModelRecoverer:
         return [normalise(done[identifier]) for identifier in ids]
 
     def _requests(self, table: pd.DataFrame) -> list[str]:
-        from promptrec.data import slice_words
+        from promptrec.data import slice_texts
         from promptrec.templates import recovery_request
 
-        shorten = lambda text: slice_words(text, self.longest_text)  # noqa: E731
+        cut = slice_texts(table, self.longest_text)
         solved = self.shots(table) if callable(self.shots) else [self.shots] * len(table)
-        rows = zip(table["original_text"].map(shorten), table["rewritten_text"].map(shorten), solved, strict=True)
+        rows = zip(cut["original_text"], cut["rewritten_text"], solved, strict=True)
         return [recovery_request(original, rewritten, self.chat, shots) for original, rewritten, shots in rows]
 
     def _answer(self, requests: list[str], ids: list[str]) -> list[str]:

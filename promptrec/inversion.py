@@ -24,7 +24,7 @@ from promptrec.errors import InputError
 from promptrec.inference import answer_column, check_pairs, normalise
 from promptrec.language_model import load_model, load_tokenizer, token_ids
 from promptrec.predictor import Posterior
-from promptrec.profiles import override
+from promptrec.profiles import preset
 from promptrec.scoring import Scorer
 from promptrec.sft_trainer import LengthGroupedSampler
 from promptrec.tables import progress, require_columns
@@ -222,7 +222,7 @@ class PolishedRecoverer:
 
 def settings_of(task: Task) -> InversionSettings:
     """The settings for the task's profile and seed."""
-    return override(InversionSettings() if task.profile.name == "local" else REAL_SIZE, seed=task.seed)
+    return preset(task.profile, InversionSettings(), REAL_SIZE, seed=task.seed)
 
 
 def build(task: Task) -> InversionRecoverer:

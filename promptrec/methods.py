@@ -123,18 +123,17 @@ def build(name: str, task: Task) -> Recoverer:
     return Joint({need: build(need, task) for need in method.needs}, method, task, name)
 
 
-def build_alone(name: str, task: Task) -> Recoverer:
-    """The recoverer called `name` for tables that hold the answers it works on, if any; so does the task's validation."""
-    return METHODS[name].build(task)
+def methods_of(profile: Profile) -> list[str]:
+    """The methods that the profile can run."""
+    return [name for name, method in METHODS.items() if method.keras or not profile.in_keras]
 
 
 def check_method(name: str, profile: Profile) -> None:
     """Raise InputError where there is no such method, or where the profile cannot run it."""
     if name not in METHODS:
         raise InputError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    if profile.in_keras and not METHODS[name].keras:
-        can = ", ".join(name for name, method in METHODS.items() if method.keras)
-        raise InputError(f"method {name}: profile {profile.name} runs no torch; choose one of {can}")
+    if name not in (can := methods_of(profile)):
+        raise InputError(f"method {name}: profile {profile.name} runs no torch; choose one of {', '.join(can)}")
 
 
 CANDIDATES = ("embedding", "retrieval", "fine-tuned")  # whose answers are chosen from

@@ -23,7 +23,7 @@ from trl.trainer.utils import use_adapter
 from promptrec.errors import InputError
 from promptrec.language_model import load_model, load_tokenizer, stop_ids, token_ids
 from promptrec.lora import LoraSettings, attach_adapter
-from promptrec.profiles import override
+from promptrec.profiles import override, preset
 from promptrec.rewards import (
     REAL,
     REFERENCE,
@@ -34,9 +34,9 @@ from promptrec.rewards import (
     asked,
     curve_point,
     ready,
-    settings_of,
     tunable,
 )
+from promptrec.small_models import shuffled_batches
 from promptrec.tables import progress
 from promptrec.templates import chat_of
 
@@ -256,12 +256,8 @@ class LanguageModelPolicy:
 
 def batches_of(rows: pd.DataFrame, settings: PPOSettings) -> Iterable[pd.DataFrame]:
     """`steps` batches of `rows_a_step` rows: all rows in random order, then again in another."""
-    rng, waiting = np.random.default_rng(settings.seed), np.array([], dtype=int)
-    for _ in progress(range(settings.steps), desc="ppo"):
-        while len(waiting) < settings.rows_a_step:
-            waiting = np.concatenate([waiting, rng.permutation(len(rows))])
-        yield rows.iloc[waiting[: settings.rows_a_step]]
-        waiting = waiting[settings.rows_a_step :]
+    numbers = shuffled_batches(len(rows), settings.rows_a_step, settings.steps, settings.seed)
+    return (rows.iloc[batch] for batch in progress(numbers, total=settings.steps, desc="ppo"))
 
 
 def build(task: Task, start: str = "base", **changes: object) -> TunedRecoverer:
@@ -272,7 +268,7 @@ def build(task: Task, start: str = "base", **changes: object) -> TunedRecoverer:
     if start not in ("base", "tuned"):
         raise InputError(f"start {start!r} is unknown; choose base or tuned")
     tuned, profile = start == "tuned", task.profile
-    settings = settings_of(task, PPOSettings(), PPO_REAL, **{"row_mean": tuned} | changes)
+    settings = preset(profile, PPOSettings(), PPO_REAL, seed=task.seed, **{"row_mean": tuned} | changes)
     rows, reward = asked(task.train, profile.chat, settings), ScsReward(task.scorer, settings.banned)
     torch.manual_seed(settings.seed)
     if tuned:

@@ -19,12 +19,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
 
-from promptrec.data import slice_words
+from promptrec.data import slice_texts
 from promptrec.embedding import RetrievalRecoverer
 from promptrec.errors import InputError
 from promptrec.inference import LanguageModelRecoverer
 from promptrec.language_model import GenerationSettings, compute_dtype, generate, load_tokenizer, stop_ids, token_ids
 from promptrec.lora import adapters_in_fp32
+from promptrec.profiles import preset
 from promptrec.rewards import (
     POLICY,
     REAL,
@@ -36,7 +37,6 @@ from promptrec.rewards import (
     asked,
     banned_ids,
     curve_point,
-    settings_of,
     tunable,
 )
 from promptrec.templates import chat_of
@@ -195,13 +195,8 @@ def other_pairs(train: pd.DataFrame, rows: pd.DataFrame, reward: ScsReward, sett
     """The true prompt against another model's guess: retrieval, fitted on triples that share no prompt with the pairs."""
     others = train[~train["rewrite_prompt"].isin(rows["rewrite_prompt"])]
     fitted = others.sample(min(settings.fitted_rows, len(others)), random_state=settings.seed)
-    cut = lambda table: table.assign(  # noqa: E731
-        **{
-            name: [slice_words(text, settings.words) for text in table[name]]
-            for name in ("original_text", "rewritten_text")
-        }
-    )
-    guesses = RetrievalRecoverer(reward.scorer).fit(cut(fitted)).recover(cut(rows))
+    fitted, read = slice_texts(fitted, settings.words), slice_texts(rows, settings.words)
+    guesses = RetrievalRecoverer(reward.scorer).fit(fitted).recover(read)
     answers = np.array([rows["rewrite_prompt"].tolist(), guesses], dtype=object).T
     rewards = np.stack([reward(column, rows["rewrite_prompt"]) for column in answers.T], axis=1)
     return ranked_pairs(rows, answers, rewards, settings.least_gap)
@@ -257,7 +252,7 @@ def dpo(
 
 def build_rloo(task: Task, **changes: object) -> TunedRecoverer:
     """The fine-tuned model, trained on by RLOO; `changes` are settings."""
-    settings, profile = settings_of(task, RLOOSettings(), RLOO_REAL, **changes), task.profile
+    settings, profile = preset(task.profile, RLOOSettings(), RLOO_REAL, seed=task.seed, **changes), task.profile
     rows = asked(task.train, profile.chat, settings)
     model, tokenizer = tunable(profile.base_model, task.adapter, settings)
     trainer_side = trainer_tokenizer(profile.base_model, profile.chat)
@@ -272,7 +267,7 @@ def build_dpo(task: Task, pairs: str = "own", **changes: object) -> TunedRecover
     """
     if pairs not in ("own", "other"):
         raise InputError(f"pairs {pairs!r} are unknown; choose own or other")
-    settings, profile = settings_of(task, DPOSettings(), DPO_REAL, **changes), task.profile
+    settings, profile = preset(task.profile, DPOSettings(), DPO_REAL, seed=task.seed, **changes), task.profile
     reward = ScsReward(task.scorer, settings.banned)
     rows = asked(task.train, profile.chat, settings)
     model, tokenizer = tunable(profile.base_model, task.adapter, settings)

@@ -218,6 +218,11 @@ def override(settings: Settings, **changes: object) -> Settings:
     return dataclasses.replace(settings, **{key: _checked(settings, key, value) for key, value in merged.items()})
 
 
+def preset(profile: Profile, small: Settings, large: Settings, **changes: object) -> Settings:
+    """The settings that suit a profile, with changes: `small` on a laptop, `large` where there is an accelerator."""
+    return override(small if profile.name == "local" else large, **changes)
+
+
 def _environment_changes(name: str, fields: set[str]) -> dict[str, object]:
     text = os.environ.get("PROMPTREC_SETTINGS", "{}")
     try:

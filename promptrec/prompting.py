@@ -24,7 +24,7 @@ from promptrec.language_model import (
     token_ids,
     until_end,
 )
-from promptrec.profiles import Profile, override
+from promptrec.profiles import Profile, preset
 from promptrec.scoring import Scorer
 from promptrec.shots import SimilarShots, diverse_shots, shot_pool
 from promptrec.tables import progress
@@ -58,7 +58,7 @@ LARGE = PromptingSettings(text_words=300, shots=3, shot_words=60, pool=2000, new
 
 def settings_for(profile: Profile, **changes: object) -> PromptingSettings:
     """The profile's settings with changes."""
-    return override(PromptingSettings() if profile.name == "local" else LARGE, **changes)
+    return preset(profile, PromptingSettings(), LARGE, **changes)
 
 
 # --- several answers

@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
 from promptrec.comparison import interval
-from promptrec.data import slice_words
+from promptrec.data import slice_texts
 from promptrec.errors import InputError
 from promptrec.inference import CURRENT, LanguageModelRecoverer, normalise
 from promptrec.language_model import GenerationSettings, token_ids
 from promptrec.lora import adapters_in_fp32, load_adapters
-from promptrec.profiles import override
 from promptrec.prompting import settings_for
 from promptrec.scoring import Scorer
 from promptrec.templates import recovery_request
@@ -66,11 +65,6 @@ REAL = {
 }  # a 7B model
 
 
-def settings_of(task: Task, small: TuningSettings, real: TuningSettings, **changes: object) -> TuningSettings:
-    """The settings that suit the profile, with the task's seed."""
-    return override(small if task.profile.name == "local" else real, seed=task.seed, **changes)
-
-
 @dataclass
 class TunedRecoverer(LanguageModelRecoverer):
     """A language model trained on scores, and how the training went: one dict a logged step."""
@@ -113,8 +107,8 @@ def asked(train: pd.DataFrame, chat: str, settings: TuningSettings) -> pd.DataFr
     if train.empty:
         raise InputError("no training triples to draw answers for")
     rows = train.sample(frac=1, random_state=settings.seed).drop_duplicates("rewrite_prompt").head(settings.rows)
-    texts = [[slice_words(text, settings.words) for text in rows[f"{name}_text"]] for name in ("original", "rewritten")]
-    return rows.assign(request=[recovery_request(*pair, chat) for pair in zip(*texts, strict=True)])
+    texts = slice_texts(rows, settings.words)[["original_text", "rewritten_text"]]
+    return rows.assign(request=[recovery_request(*pair, chat) for pair in texts.itertuples(index=False)])
 
 
 def tunable(

@@ -47,6 +47,8 @@ def run_series(profile: Profile, parts: Sequence[str] = ()) -> dict[str, float]:
     Raises InputError, with the notebook's own last line, when a part fails; what was finished before stays. An input that
     any part lacks is named before the first one starts.
     """
+    if unknown := sorted(set(parts) - set(parts_of(profile))):
+        raise InputError(f"part {unknown[0]!r} is unknown; choose one of {', '.join(parts_of(profile))}")
     if missing := missing_inputs(profile):
         raise InputError(f"{len(missing)} input(s) missing: {'; '.join(missing)}")
     out = Path(profile.out).resolve()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from sklearn.cluster import KMeans
 
-from promptrec.data import slice_words
+from promptrec.data import slice_texts
 from promptrec.errors import InputError
 from promptrec.inference import NEEDED, Shot
 from promptrec.scoring import get_scorer, unit
@@ -30,7 +30,7 @@ def shot_pool(train: pd.DataFrame, size: int, words: int, seed: int = 0) -> pd.D
     drawn = train.drop_duplicates("rewrite_prompt").sample(frac=1, random_state=seed).head(size)
     clusters = cluster_prompts(get_scorer("minilm").encode(drawn["rewrite_prompt"].tolist()))
     pool = drawn.assign(prompt_cluster=clusters).drop_duplicates("prompt_cluster").reset_index(drop=True)
-    return pool.assign(**{name: pool[name].map(lambda text: slice_words(text, words)) for name in NEEDED})
+    return slice_texts(pool, words)
 
 
 def as_shots(triples: pd.DataFrame) -> list[Shot]:
@@ -55,8 +55,8 @@ def pair_vectors(pairs: pd.DataFrame, likeness: str, words: int, encoder: TextEn
     """
     if likeness not in LIKENESS:
         raise InputError(f"likeness {likeness!r} is unknown; choose one of {', '.join(LIKENESS)}")
-    texts = ([slice_words(text, words) for text in pairs[name]] for name in NEEDED)
-    return LIKENESS[likeness](*(unit(encoder.encode(column)[:, LAST]) for column in texts))
+    cut = slice_texts(pairs, words)
+    return LIKENESS[likeness](*(unit(encoder.encode(cut[name].tolist())[:, LAST]) for name in NEEDED))
 
 
 class SimilarShots:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,6 +43,16 @@ def autocast():
     return torch.autocast(at, torch.bfloat16) if fast else nullcontext()
 
 
+def shuffled_batches(rows: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """`steps` batches of `size` row numbers: all rows in random order, then again in another."""
+    rng, waiting = np.random.default_rng(seed), np.empty(0, int)
+    for _ in range(steps):
+        while len(waiting) < size:
+            waiting = np.concatenate([waiting, rng.permutation(rows)])
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
 def optimise(
     parameters: Sequence[torch.nn.Parameter], loss: Callable[[np.ndarray], torch.Tensor], rows: int, settings, name: str
 ) -> list[float]:
@@ -50,16 +60,13 @@ def optimise(
 
     `settings` has steps, batch_size, learning_rate, weight_decay and seed. Rows are shuffled anew in every epoch.
     """
-    rng, order, losses = np.random.default_rng(settings.seed), np.empty(0, int), []
+    losses, size = [], min(settings.batch_size, rows)
     optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
     total = settings.steps + 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=total, pct_start=max(0.1, 1.1 / total)
     )
-    for _ in progress(range(settings.steps), desc=name):
-        if len(order) < min(settings.batch_size, rows):
-            order = np.concatenate([order, rng.permutation(rows)])
-        batch, order = order[: settings.batch_size], order[settings.batch_size :]
+    for batch in progress(shuffled_batches(rows, size, settings.steps, settings.seed), total=settings.steps, desc=name):
         with autocast():
             value = loss(batch)
         optimizer.zero_grad()

@@ -162,6 +162,15 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: is damaged ({error}); remove it") from None
 
 
+def claim(mark: Path, facts: dict, holds: str) -> None:
+    """Write what a folder is about to `mark` in it; one with other facts is refused (InputError): nothing gets mixed."""
+    facts = json.loads(json.dumps(facts))
+    if mark.is_file() and (found := read_json(mark)) != facts:
+        differs = ", ".join(key for key in facts if found.get(key) != facts[key])
+        raise InputError(f"{mark.parent}: this folder holds {holds} other {differs}; name a new one or remove it")
+    write_json(facts, mark)
+
+
 def write_text(text: str, path: str | Path) -> Path:
     """Write UTF-8 text atomically."""
     return write_atomically(Path(path), lambda target: Path(target).write_text(text, encoding="utf-8"))

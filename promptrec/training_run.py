@@ -5,7 +5,6 @@ Knows no framework: a tokenizer comes in as a function, settings as a dataclass.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from promptrec.data import TEXT_COLUMNS, check_cells, text_id
 from promptrec.errors import InputError
 from promptrec.profiles import model_name
-from promptrec.tables import read_table, require_columns, write_json
+from promptrec.tables import claim, read_table, require_columns
 from promptrec.templates import recovery_answer, recovery_request
 
 COLUMNS = list(TEXT_COLUMNS)
@@ -74,12 +73,8 @@ def claim_folder(
     """
     lasting = {key: value for key, value in asdict(settings).items() if key not in passing}
     digest = text_id(*train[COLUMNS].to_numpy().ravel())
-    run = json.loads(json.dumps({"settings": lasting, "data": digest, "base_model": model_name(base_model)}))
-    mark = out / "run.json"
-    if mark.is_file() and (found := json.loads(mark.read_text())) != run:
-        differs = [key for key in run if found.get(key) != run[key]]
-        raise InputError(f"{out}: this folder holds a run with other {', '.join(differs)}; name a new one or remove it")
-    write_json(run, mark)
+    run = {"settings": lasting, "data": digest, "base_model": model_name(base_model)}
+    claim(out / "run.json", run, "a run with")
     if not (out / "history.csv").is_file() or not (out / adapter_file).is_file():
         return False
     return int(read_table(out / "history.csv")["step"].max()) >= settings.steps

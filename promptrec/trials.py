@@ -27,10 +27,10 @@ from promptrec.errors import InputError
 from promptrec.findings import BASELINE, contrasts, results, row_scores
 from promptrec.finetuning import split_triples
 from promptrec.inference import answer_column
-from promptrec.methods import METHODS, Task, build_alone, check_method
+from promptrec.methods import METHODS, Task, check_method, methods_of
 from promptrec.profiles import Profile
 from promptrec.scoring import profile_scorer
-from promptrec.tables import progress, read_json, read_table, versions, write_json, write_table
+from promptrec.tables import claim, progress, read_json, read_table, versions, write_json, write_table
 from promptrec.text_features import digest, read_arrays, save_arrays
 
 RSS_A_MIB = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on a Mac, KiB elsewhere
@@ -90,13 +90,9 @@ def prepare(path: str | Path, folder: Path, profile: Profile, settings: CompareS
         "profile": profile.name,
         "scorer": profile_scorer(profile).name,
     }
-    mark = folder / "about.json"
-    if mark.is_file() and (found := read_json(mark)) != about:
-        differs = ", ".join(key for key in about if found.get(key) != about[key])
-        raise InputError(f"{folder}: holds a comparison of other {differs}; name a new folder or remove it")
+    claim(folder / "about.json", about, "a comparison of")
     _keep_vectors(folder, rows, profile)
     write_table(rows, folder / "rows.csv")
-    write_json(about, mark)
     return rows
 
 
@@ -144,9 +140,11 @@ def run_trial(trial: Trial, profile: Profile) -> dict:
     validation = held[held["split"] == "validation"].reset_index(drop=True)
     task = Task(profile, train.reset_index(drop=True), validation, adapter_of(trial), trial.seed)
     clock = Clock()
-    if trial.method == "fine-tuned":
-        train_adapter(task)
-    recoverer = build_alone(trial.method, task)
+    if trial.method == "fine-tuned":  # others of this seed start from its adapter
+        from promptrec.causal_lm import train_adapter
+
+        train_adapter(task, task.adapter)
+    recoverer = METHODS[trial.method].build(task)
     fitted = clock.lap()
     held = held.assign(answer=recoverer.recover(held.drop(columns=["rewrite_prompt", "prompt_cluster", "split"])))
     answered = clock.lap()
@@ -183,13 +181,6 @@ def adapter_of(trial: Trial) -> Path:
     return trial.folder / "adapters" / str(trial.seed)
 
 
-def train_adapter(task: Task) -> None:
-    """Fine-tune the adapter that other methods of this seed start from, too."""
-    from promptrec import causal_lm
-
-    causal_lm.train_adapter(task, task.adapter)
-
-
 # --- all of them
 
 
@@ -223,7 +214,7 @@ def run_comparison(
     it writes the results of the trials that are finished.
     """
     settings, folder = settings or CompareSettings(), Path(folder).resolve()
-    methods = list(methods or (name for name, method in METHODS.items() if method.keras or not profile.in_keras))
+    methods = list(methods or methods_of(profile))
     for method in [BASELINE, *methods]:
         check_method(method, profile)
     rows = prepare(path, folder, profile, settings)
@@ -239,7 +230,7 @@ def run_comparison(
 
 
 def _trials(folder: Path, methods: Sequence[str], seeds: int) -> list[Trial]:
-    return [Trial(folder, one, seed) for seed in range(seeds) for one in methods if seed == 0 or METHODS[one].random]
+    return list(dict.fromkeys(trial_of(folder, one, seed) for seed in range(seeds) for one in methods))
 
 
 def _run(waves: Sequence[Sequence[Trial]], profile: Profile, jobs: int) -> None:
@@ -289,7 +280,8 @@ def write_results(
 ) -> pd.DataFrame:
     """<folder>/results.json from the finished trials: the table, claims, learning curves, and what is missing."""
     finished = [trial.result() for trial in trials if trial.path.is_file()]
-    table = results(rows, finished)
+    scores = row_scores(rows, finished)
+    table = results(scores, finished)
     about = {
         "scorer": profile_scorer(profile).name,
         "profile": profile.name,
@@ -299,8 +291,6 @@ def write_results(
         "missing": [f"{trial.method}, seed {trial.seed}" for trial in trials if not trial.path.is_file()],
     }
     curves = {f"{one['method']}, seed {one['seed']}": one["history"] for one in finished if one["history"]}
-    claims = contrasts(row_scores(rows, finished))
-    write_json(
-        about | {"rows": table.to_dict("records"), "claims": claims, "histories": curves}, folder / "results.json"
-    )
+    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "histories": curves}
+    write_json(about | found, folder / "results.json")
     return table

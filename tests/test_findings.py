@@ -8,9 +8,13 @@ import pandas as pd
 import pytest
 
 from promptrec.errors import InputError
-from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, results
+from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, results, row_scores
 from promptrec.methods import METHODS
 from promptrec.tables import read_json, write_json
+
+
+def results_of(rows: pd.DataFrame, finished: list[dict]) -> pd.DataFrame:
+    return results(row_scores(rows, finished), finished)
 
 
 def test_seeds_are_averaged_by_row_before_the_interval():
@@ -29,11 +33,11 @@ def test_seeds_are_averaged_by_row_before_the_interval():
         return {"method": method, "seed": seed, "answers": answers, **cost}
 
     base = trial("best-constant", 0, [0.1, 0.1, 0.1, 0.1])
-    table = results(rows, [base, trial("embedding", 0, [0, 0.4, 0, 0.4]), trial("embedding", 1, [0.4, 0, 0.4, 0])])
+    table = results_of(rows, [base, trial("embedding", 0, [0, 0.4, 0, 0.4]), trial("embedding", 1, [0.4, 0, 0.4, 0])])
     row = table.set_index("method").loc["embedding"]
     assert row["mean"] == pytest.approx(0.2) and row["low"] == pytest.approx(0.2) == row["high"]
     assert row["spread"] == pytest.approx(0) and row["seeds"] == 2
-    wide = results(rows, [base, trial("embedding", 0, np.full(4, 0.2)), trial("embedding", 1, np.full(4, 0.4))])
+    wide = results_of(rows, [base, trial("embedding", 0, np.full(4, 0.2)), trial("embedding", 1, np.full(4, 0.4))])
     assert wide.set_index("method").loc["embedding", "spread"] == pytest.approx(0.1)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from easy_triples import STYLES, easy
 
 from promptrec.embedding import EmbeddingRecoverer
 from promptrec.errors import InputError
@@ -27,22 +28,6 @@ from promptrec.submission import FALLBACK
 from promptrec.text_features import PairFeatures
 
 QUICK = PredictorSettings(folds=2, epochs=4, batch_size=16, hidden=32)
-STYLES = {
-    "Rewrite it as a pirate would say it": "ahoy matey arr",
-    "Turn the words into a royal decree": "hear ye hereby decreed",
-    "Make a weather forecast out of this": "sunny showers tonight",
-    "Summarise the passage for small children": "once little bunny",
-}
-
-
-def easy(rows: int, seed: int) -> pd.DataFrame:
-    """Triples in which the rewrite's added words give the prompt away."""
-    rng = np.random.default_rng(seed)
-    vocabulary = ["ferry", "harbour", "bread", "letter", "garden", "engine", "sister", "winter", "window", "market"]
-    prompts = rng.choice(list(STYLES), size=rows)
-    originals = [" ".join(rng.choice(vocabulary, size=6)) for _ in range(rows)]
-    rewritten = [f"{STYLES[prompt]} {text}" for text, prompt in zip(originals, prompts, strict=True)]
-    return pd.DataFrame({"original_text": originals, "rewrite_prompt": prompts, "rewritten_text": rewritten})
 
 
 def answered(table: pd.DataFrame, **answers) -> pd.DataFrame:

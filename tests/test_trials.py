@@ -119,7 +119,7 @@ def test_methods_see_neither_prompts_nor_clusters(compared, monkeypatch):
             seen.append(set(table.columns))
             return ["Make it rhyme"] * len(table)
 
-    monkeypatch.setattr(trials, "build_alone", lambda name, task: Watching())
+    monkeypatch.setattr(Method, "build", lambda self, task: Watching())
     trials.run_trial(Trial(compared[1], "retrieval", 5), get_profile("local"))
     (compared[1] / "trials" / "retrieval-5.json").unlink()
     assert seen and not seen[0] & {"rewrite_prompt", "prompt_cluster", "split", "scs"}

@@ -294,7 +294,9 @@ def curves(runs: dict[str, rewards.TunedRecoverer]) -> Figure:
         axes.set(xlabel="optimiser step", ylabel="mean reward (0 to 1), with interval", ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper left")
-    ends = "; ".join(f"{name} from {run.history[0]['mean']:.3f} to {run.history[-1]['mean']:.3f}" for name, run in runs.items())
+    ends = "; ".join(
+        f"{name} from {run.history[0]['mean']:.3f} to {run.history[-1]['mean']:.3f}" for name, run in runs.items()
+    )
     return plots.alt_text(figure, f"Learning curves, mean reward of a step's answers: {ends}.")
 
 
