@@ -27,7 +27,7 @@ from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folde
 if TYPE_CHECKING:
     from promptrec.methods import Task
 
-VERSION = 3  # of what is cached: count up when features or training change
+VERSION = 4  # of what is cached: count up when features or training change
 
 
 def pair_features(original: np.ndarray, rewritten: np.ndarray) -> np.ndarray:

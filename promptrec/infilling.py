@@ -45,7 +45,7 @@ class InfillingSettings:
     # --- optimisation
     steps: int = 180
     batch_size: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-4
     weight_decay: float = 0.01
     dropout: float = 0.0  # hundreds of steps are too few to overfit
     scs_share: float = 0.0  # of the loss; the rest is cross-entropy

@@ -42,7 +42,7 @@ class InversionSettings:
     # --- training
     steps: int = 180
     batch_size: int = 24
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
     noise: float = 1.0  # of the vectors in training: 1 is as large as the predictor's error
