@@ -47,23 +47,18 @@ def join_prompts(
         bank, vectors = [text for text, fits in zip(bank, short, strict=True) if fits], vectors[short]
     best = choose(posterior, vectors)
     texts, reached = [bank[index] for index in best], vectors[best].copy()
-    growing = list(range(len(texts)))
+    growing, fits = list(range(len(texts))), lambda text: scorer.count_tokens(text) <= settings.max_tokens
     for _ in range(settings.joined - 1):
         near = _worth_trying(posterior.of(growing), reached[growing], vectors, settings.tried)
         joins = {
-            row: [f"{texts[row]} {bank[index]}" for index in tried] for row, tried in zip(growing, near, strict=True)
+            row: [one for index in tried if fits(one := f"{texts[row]} {bank[index]}")]
+            for row, tried in zip(growing, near, strict=True)
         }
-        joins = {
-            row: [one for one in all_ if scorer.count_tokens(one) <= settings.max_tokens] for row, all_ in joins.items()
-        }
-        scorer.encode([one for options in joins.values() for one in options])  # at once, and known from here on
-        growing = []
-        for row, options in joins.items():
-            encoded = np.concatenate([reached[row : row + 1], *([scorer.encode(options)] if options else [])])
-            values = posterior.value(row, encoded)
-            top = int(values.argmax())
-            if values[top] > values[0]:
-                texts[row], reached[row] = options[top - 1], encoded[top]
+        tops, growing = _best_joins(posterior, joins, scorer), []
+        for (row, text), vector in zip(tops.items(), scorer.encode(list(tops.values())), strict=True):
+            before, after = posterior.value(row, np.stack([reached[row], vector]))
+            if after > before:
+                texts[row], reached[row] = text, vector
                 growing.append(row)
     return texts, reached
 
@@ -73,6 +68,19 @@ def _worth_trying(posterior: Posterior, reached: np.ndarray, vectors: np.ndarray
     wanted = posterior.slopes(reached)
     missing = unit(wanted - (wanted * reached).sum(1, keepdims=True) * reached) + 0.3 * wanted
     return np.argpartition(-missing @ vectors.T, min(count, len(vectors) - 1), axis=1)[:, :count]
+
+
+def _best_joins(posterior: Posterior, joins: dict[int, list[str]], scorer: Scorer) -> dict[int, str]:
+    """The best of each row's texts, by vectors that are good enough to rank by."""
+    encoder, distinct = encoder_of(scorer), sorted({text for options in joins.values() for text in options})
+    vectors = encoder.encode(distinct, exact=False) if encoder else scorer.encode(distinct)
+    known = dict(zip(distinct, vectors, strict=True))
+    values = {
+        row: posterior.value(row, np.stack([known[one] for one in options]))
+        for row, options in joins.items()
+        if options
+    }
+    return {row: joins[row][int(found.argmax())] for row, found in values.items()}
 
 
 def improve(

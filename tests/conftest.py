@@ -99,3 +99,25 @@ def cli(monkeypatch, capsys, tmp_path):
         return code, printed.out, printed.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def random_adapter(tmp_path_factory):
+    """function(alpha, std) -> folder of an adapter for the tiny Gemma whose numbers are random, none of them zero."""
+    import torch
+
+    from promptrec.language_model import TINY_GEMMA, load_model
+    from promptrec.lora import LoraSettings, attach_adapter
+
+    def save(alpha: int, std: float):
+        torch.manual_seed(0)
+        settings = LoraSettings(rank=2, alpha=alpha, quantise=False)
+        model = attach_adapter(load_model(TINY_GEMMA, quantise=False), settings)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=std)
+        folder = tmp_path_factory.mktemp("adapter")
+        model.save_pretrained(folder, safe_serialization=True)
+        return folder
+
+    return save

@@ -14,7 +14,7 @@ from promptrec.errors import InputError
 from promptrec.infilling import BERT, InfillingRecoverer, InfillingSettings, SoftScorer, build
 from promptrec.methods import Task
 from promptrec.profiles import get_profile
-from promptrec.small_models import frame, optimise
+from promptrec.small_models import frame
 from promptrec.submission import FALLBACK
 
 QUICK = InfillingSettings(steps=2, batch_size=4, kept_layers=1, trained_layers=1, max_tokens=48, lengths_tried=2)
@@ -40,33 +40,12 @@ def soft_scorer() -> SoftScorer:
     return SoftScorer()
 
 
-@pytest.mark.parametrize(("first", "second"), [(30, 30), (3, 30), (30, 3), (3, 3), (0, 40)])
-def test_the_texts_share_the_room_that_the_task_leaves(first, second):
-    original, rewritten, between = [1] * first, [2] * second, [9] * 7
-    ids = frame(original, rewritten, between, 27)
-    assert len(ids) == min(27, first + second + 7) and ids.count(9) == 7
-    assert ids == [1] * ids.count(1) + between + [2] * ids.count(2)
-    assert ids.count(1) >= min(first, 10) and ids.count(2) >= min(second, 10)
-
-
 def test_what_the_model_reads_is_the_paper_s_sequence(fitted):
     (original,), (rewritten,) = fitted._ids(["A cat sat."], 9), fitted._ids(["Ahoy, a cat."], 9)
     said = fitted.tokenizer.decode(frame(original, rewritten, fitted.task + [fitted.tokenizer.mask_token_id] * 2, 99))
     assert said == (
         "a cat sat.. the task is to rewrite this narrative with the given blanks : [MASK] [MASK] ahoy, a cat."
     )
-
-
-def test_optimise_finds_a_minimum_and_sees_every_row_once_an_epoch():
-    weight, seen = torch.nn.Parameter(torch.tensor([3.0])), []
-
-    def loss(batch):
-        seen.extend(batch.tolist())
-        return ((weight - 1) ** 2).sum()
-
-    losses = optimise([weight], loss, 6, replace(QUICK, steps=90, batch_size=2, learning_rate=0.1), "toy")
-    assert len(losses) == 90 and losses[-1] < 0.01 < losses[0]
-    assert sorted(seen[:6]) == sorted(seen[6:12]) == list(range(6)) and seen[:6] != seen[6:12]
 
 
 def test_certain_tokens_score_what_their_text_scores(soft_scorer, minilm):

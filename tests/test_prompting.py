@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 
-from promptrec import lora
 from promptrec.data import shipped_triples
 from promptrec.errors import InputError
 from promptrec.inference import LanguageModelRecoverer
@@ -32,7 +31,6 @@ from promptrec.prompting import (
     most_likely,
     settings_for,
 )
-from promptrec.shots import LIKENESS, SimilarShots, as_shots, diverse_shots, pair_vectors, shot_pool
 from promptrec.submission import FALLBACK
 from promptrec.tables import read_jsonl
 from promptrec.templates import recovery_request
@@ -63,16 +61,9 @@ def train() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """An adapter that was never trained, but says something else than the base: its second matrices are not zero."""
-    settings = lora.LoraSettings(rank=2, alpha=64, quantise=False)
-    model = lora.attach_adapter(load_model(TINY_GEMMA, quantise=False), settings)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder, safe_serialization=True)
-    return folder
+def adapter(random_adapter):
+    """An adapter that was never trained, but says something else than the base."""
+    return random_adapter(alpha=64, std=0.1)
 
 
 @pytest.fixture
@@ -215,41 +206,6 @@ def test_a_time_limit_leaves_the_fallback(tiny, asked):
 # --- shots
 
 
-def test_the_pool_has_one_short_triple_for_each_prompt(train, minilm):
-    pool = shot_pool(pd.concat([train, train]), size=40, words=20, seed=1)
-    vectors = minilm.encode(pool["rewrite_prompt"].tolist())
-    assert (np.triu(vectors @ vectors.T, 1) < 0.9).all() and 10 < len(pool) <= 40
-    assert pool[["original_text", "rewritten_text"]].map(lambda text: len(text.split())).to_numpy().max() <= 20
-    pd.testing.assert_frame_equal(pool, shot_pool(pd.concat([train, train]), 40, 20, 1))
-    assert set(pool["rewrite_prompt"]) != set(shot_pool(train, 40, 20, seed=2)["rewrite_prompt"])
-
-
-@pytest.mark.parametrize("likeness", LIKENESS)
-def test_a_row_of_the_pool_is_most_similar_to_itself(train, text_encoder, likeness):
-    pool = shot_pool(train, 30, 20)
-    vectors = pair_vectors(pool, likeness, 20, text_encoder)
-    lengths = np.linalg.norm(vectors, axis=1)
-    assert np.allclose(lengths[lengths > 0], 1, atol=1e-5)
-    rows = np.flatnonzero(lengths)[:8]  # where an uncased encoder sees no change, no triple is like it
-    shots = SimilarShots(pool, 3, 20, likeness, text_encoder)(pool.iloc[rows])
-    solved = as_shots(pool)
-    assert [row[-1] for row in shots] == [solved[row] for row in rows]
-    told = [
-        [vectors[row] @ vectors[solved.index(shot)] for shot in near] for row, near in zip(rows, shots, strict=True)
-    ]
-    assert np.allclose(told, np.sort(vectors[rows] @ vectors.T)[:, -3:], atol=1e-5)  # the best one last
-
-
-def test_diverse_shots_come_from_different_groups_of_prompts():
-    groups = ["Write a sea shanty about {}", "Summarise the {} in one line", "Translate {} into French"]
-    prompts = [group.format(word) for group in groups for word in ("ferries", "bread", "winter", "engines")]
-    pool = pd.DataFrame({"original_text": "a", "rewritten_text": "b", "rewrite_prompt": prompts})
-    for seed in range(3):
-        shots = diverse_shots(pool, 3, seed)
-        assert {prompt.split()[0] for _, _, prompt in shots} == {"Write", "Summarise", "Translate"}
-        assert shots == diverse_shots(pool, 3, seed)
-
-
 def test_each_row_is_asked_with_its_own_shots(tiny, asked):
     own = lambda table: [[("o", "r", f"shot of {row}")] for row in range(len(table))]  # noqa: E731
     requests = LanguageModelRecoverer(*tiny, "few-shot", shots=own)._requests(asked)
@@ -257,9 +213,7 @@ def test_each_row_is_asked_with_its_own_shots(tiny, asked):
     assert "shot of 0" not in requests[1]
 
 
-def test_unfit_shots_are_refused_in_one_line(task, train, text_encoder):
-    with pytest.raises(InputError, match="likeness 'size' is unknown; choose one of both, rewritten, change"):
-        SimilarShots(train.head(3), 2, 20, "size", text_encoder)
+def test_unfit_shots_are_refused_in_one_line(task, train):
     with pytest.raises(InputError, match="shots 'best': choose random, similar or diverse"):
         build_prompted(task(), "best")
     with pytest.raises(InputError, match="1 distinct training prompts for 2 shots"):

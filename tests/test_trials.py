@@ -45,13 +45,6 @@ def compared(triples, tmp_path_factory, small_bank):
         return run_comparison(triples, folder, get_profile("local"), ["constant", "mean-prompt"], SMALL), folder
 
 
-def test_every_method_names_a_builder_that_exists():
-    for name, method in METHODS.items():
-        module, _, function = method.builder.partition(":")
-        assert callable(getattr(__import__(f"promptrec.{module}", fromlist=[function]), function)), name
-        assert set(method.needs) <= set(METHODS) and name not in method.needs
-
-
 def test_waves_hold_everything_needed_and_each_needs_only_those_before_it():
     waves = in_waves(METHODS)
     assert sorted(method for wave in waves for method in wave) == sorted(METHODS)

@@ -1,0 +1,62 @@
+"""The table of methods: every row can be built, and is refused in one line where it cannot run."""
+
+import pandas as pd
+import pytest
+
+from promptrec.data import shipped_triples
+from promptrec.errors import InputError
+from promptrec.inference import answer_column
+from promptrec.methods import METHODS, Joint, Method, Task, build, check_method, make_recoverer, methods_of
+from promptrec.profiles import get_profile
+
+
+def test_every_method_names_a_builder_that_exists():
+    for name, method in METHODS.items():
+        module, _, function = method.builder.partition(":")
+        assert callable(getattr(__import__(f"promptrec.{module}", fromlist=[function]), function)), name
+        assert set(method.needs) <= set(METHODS) and name not in method.needs
+
+
+def test_a_profile_without_torch_runs_what_needs_none():
+    local, keras = get_profile("local"), get_profile("kaggle-tpu")
+    assert methods_of(local) == list(METHODS)
+    assert {"embedding", "zero-shot", "fine-tuned", "constant"} <= set(methods_of(keras)) < set(METHODS)
+    check_method("dpo", local)
+    with pytest.raises(InputError, match=r"method dpo: profile kaggle-tpu runs no torch; choose one of .*embedding"):
+        check_method("dpo", keras)
+    with pytest.raises(InputError, match="method 'psychic' is unknown; choose one of constant, best-constant"):
+        check_method("psychic", local)
+
+
+def test_a_task_s_bank_holds_its_own_prompts_and_the_shipped_ones(tmp_path):
+    train = shipped_triples(["train"]).head(4).assign(rewrite_prompt="Say it with flowers and nothing else")
+    task = Task(get_profile("local"), train, train, tmp_path)
+    assert "Say it with flowers and nothing else" in task.bank and len(task.bank) > 5000
+    assert task.clusters.tolist() == [0] * 4
+
+
+class Saying:
+    """Answers with a word and what it finds in the table."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def recover(self, table: pd.DataFrame) -> list[str]:
+        known = [name for name in table if name.startswith(answer_column(""))]
+        return [" ".join([self.word, *row]) for row in table[known].astype(str).itertuples(index=False)]
+
+
+def test_a_method_that_works_on_answers_asks_for_them_first(monkeypatch, tmp_path):
+    monkeypatch.setitem(METHODS, "alone", Method("a test", "a test", "alone:build"))
+    monkeypatch.setitem(METHODS, "upon", Method("a test", "a test", "upon:build", needs=("alone",)))
+    monkeypatch.setattr(Method, "build", lambda self, task: Saying(self.builder.partition(":")[0]))
+    held = shipped_triples(["validation"]).head(2)
+    recoverer = build("upon", Task(get_profile("local"), held, held, tmp_path))
+    assert isinstance(recoverer, Joint)
+    assert recoverer.recover(held[["id", "original_text", "rewritten_text"]]) == ["upon alone"] * 2
+
+
+def test_what_is_asked_for_by_name_is_checked_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("promptrec.methods.training_triples", lambda train: pytest.fail("it loaded data"))
+    with pytest.raises(InputError, match="unknown"):
+        make_recoverer("psychic", get_profile("local"))
