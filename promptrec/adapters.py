@@ -14,7 +14,6 @@ full-precision one: an adapter trained on an NF4 base carries over, the error of
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from promptrec.errors import InputError
 from promptrec.lora_keras import ADAPTER, adapted_layers, adapter_file
 from promptrec.profiles import model_name
 from promptrec.rewriters.keras_gemma import gemma_config
-from promptrec.tables import write_json
+from promptrec.tables import read_json, write_json
 
 TARGETS = {  # peft's name -> Keras' name
     "q_proj": "query",
@@ -154,7 +153,7 @@ def read_peft(folder: Path) -> Update:
 
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: no peft adapter there (adapter_config.json and adapter_model.safetensors)")
-    options = json.loads((folder / "adapter_config.json").read_text())
+    options = read_json(folder / "adapter_config.json")
     if odd := [name for name in UNSUPPORTED if options.get(name)] + ["bias"] * (options.get("bias", "none") != "none"):
         raise InputError(f"{folder}: Keras LoRA has no place for {', '.join(odd)}; train the adapter without")
     parts: dict[tuple[int, str], dict[str, np.ndarray]] = {}

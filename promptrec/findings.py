@@ -112,6 +112,27 @@ def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[di
     return told
 
 
+def headroom(scores: pd.DataFrame, ensemble: str = "blend") -> list[dict]:
+    """For each source, what choosing among an ensemble's parts could reach at most: the best part on every single row.
+
+    `scores` as row_scores gives them. Beside this oracle, the mean SCS of the best single part and of the ensemble.
+    """
+    told, parts = [], list(METHODS[ensemble].needs)
+    for source, part in scores.groupby("source"):
+        wide = part.pivot(index=["id", "prompt_cluster"], columns="method", values="scs")
+        if {ensemble, *parts} <= set(wide):
+            mean, low, high = interval(
+                wide[parts].max(axis=1).to_numpy(), wide.index.get_level_values("prompt_cluster")
+            )
+            best = wide[parts].mean().idxmax()
+            told.append(
+                {"source": source, "ensemble": ensemble, "parts": parts, "best_part": best}
+                | {"best_part_mean": wide[best].mean(), "ensemble_mean": wide[ensemble].mean()}
+                | {"oracle": mean, "low": low, "high": high}
+            )
+    return told
+
+
 def comparison_rows(methods: Sequence[str] = (), path: str | Path | None = None) -> pd.DataFrame:
     """Rows of a comparison's results, of some methods or all; default: the comparison that the book shows."""
     from promptrec.series import notebooks_folder

@@ -7,7 +7,6 @@ Texts are padded to a few lengths, because JAX compiles the training step once f
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -31,7 +30,7 @@ from promptrec.rewriters.keras_gemma import (
     load_gemma,
     token_ids,
 )
-from promptrec.tables import full_disk_named, read_table, write_json, write_table
+from promptrec.tables import full_disk_named, read_json, read_table, write_json, write_table
 from promptrec.templates import chat_of
 from promptrec.training_run import check_training, claim_folder, fit_texts
 
@@ -244,7 +243,7 @@ def restore(model, folder: Path) -> list[dict]:
     model.backbone.load_lora_weights(str(found[-1] / ADAPTER))
     with np.load(found[-1] / "optimizer.npz", allow_pickle=False) as state:
         model.optimizer.load_own_variables(state)
-    return json.loads((found[-1] / "history.json").read_text())
+    return read_json(found[-1] / "history.json")
 
 
 def use_adapter(model, adapter: str | Path | None) -> None:

@@ -68,10 +68,7 @@ def mean_prompt(
     objective, probed = Objective.mean(vectors[searched]), None
     if probes:
         objective, probed = _weighted(vectors[searched], scorer.encode(probes[0]), probes[1])
-    options = sorted(set(compress(prompts, searched)))
-    short = [text for text in options if encoder.count_tokens(text) <= settings.max_tokens]
-    if not short:
-        raise InputError(f"mean-prompt: no prompt has {settings.max_tokens} tokens or fewer; raise --max-tokens")
+    short = _short(sorted(set(compress(prompts, searched))), encoder, settings.max_tokens)
     known = scorer.encode(short)
     constant = short[int(objective.value(known).argmax())]
     found = _search(encoder, objective, joined(short, known, objective, encoder, settings.max_tokens), settings)
@@ -94,10 +91,9 @@ def mean_prompt(
 
 def build(task: Task, evaluations: int = 1500) -> Constant:
     """The mean prompt of the task's training prompts, as the answer to every row."""
-    encoder, prompts = search_encoder(task.scorer), sorted(set(task.train["rewrite_prompt"]))
-    settings = override(SearchSettings(evaluations=evaluations), seed=task.seed)
+    encoder, settings = search_encoder(task.scorer), override(SearchSettings(evaluations=evaluations), seed=task.seed)
     objective = Objective.mean(task.scorer.encode(task.train["rewrite_prompt"].tolist()))
-    short = [prompt for prompt in prompts if encoder.count_tokens(prompt) <= settings.max_tokens]
+    short = _short(sorted(set(task.train["rewrite_prompt"])), encoder, settings.max_tokens)
     start = joined(short, task.scorer.encode(short), objective, encoder, settings.max_tokens)
     return Constant(search(encoder, objective, start, settings).text, name="mean prompt")
 
@@ -108,6 +104,14 @@ def search_encoder(scorer: Scorer) -> SearchEncoder:
     if encoder is None:
         raise InputError(f"mean-prompt: {scorer.name} has no gradient to search by; use --scorer minilm or t5-hf")
     return encoder
+
+
+def _short(prompts: Sequence[str], encoder: SearchEncoder, max_tokens: int) -> list[str]:
+    """The prompts that a search may start from."""
+    short = [text for text in prompts if encoder.count_tokens(text) <= max_tokens]
+    if not short:
+        raise InputError(f"mean-prompt: no prompt has {max_tokens} tokens or fewer; raise --max-tokens")
+    return short
 
 
 def joined(

@@ -24,7 +24,7 @@ import pandas as pd
 
 from promptrec.data import TEXT_COLUMNS
 from promptrec.errors import InputError
-from promptrec.findings import BASELINE, contrasts, results, row_scores
+from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores
 from promptrec.finetuning import split_triples
 from promptrec.inference import answer_column
 from promptrec.methods import METHODS, Task, check_method, methods_of
@@ -291,6 +291,6 @@ def write_results(
         "missing": [f"{trial.method}, seed {trial.seed}" for trial in trials if not trial.path.is_file()],
     }
     curves = {f"{one['method']}, seed {one['seed']}": one["history"] for one in finished if one["history"]}
-    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "histories": curves}
-    write_json(about | found, folder / "results.json")
+    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "headroom": headroom(scores)}
+    write_json(about | found | {"histories": curves}, folder / "results.json")
     return table

@@ -55,6 +55,22 @@ def claims(results: dict) -> str:
     return "\n".join(lines)
 
 
+def headroom(results: dict) -> str:
+    """What an ensemble could reach at most, by an oracle."""
+    lines = [
+        "| rows | ensemble | its parts | best part | the ensemble | the best part of each row, by an oracle |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for one in results["headroom"]:
+        best, oracle = (
+            f"{one['best_part']} {one['best_part_mean']:.3f}",
+            f"{one['oracle']:.3f} [{one['low']:.3f}, {one['high']:.3f}]",
+        )
+        cells = one["source"], one["ensemble"], ", ".join(one["parts"]), best, f"{one['ensemble_mean']:.3f}", oracle
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: dict) -> str:
     """What the page includes: a heading, a figure and a table for each source, then the claims."""
     parts = []
@@ -64,6 +80,7 @@ def tables(results: dict) -> str:
         image = f"```{{image}} ../images/{figure_name(source)}\n:alt: {alt}\n:width: 100%\n```"
         parts.append(f"## On {source} rows\n\n{told}\n\n{image}\n\n{markdown(table)}\n")
     parts.append(f"## Claims, put to the test\n\n{claims(results)}\n")
+    parts.append(f"## What choosing could reach\n\n{headroom(results)}\n")
     missing = pd.Series(results["missing"], dtype=str).str.split(", seed ").str[0].value_counts(sort=False)
     told = ", ".join(f"{method} ({count})" for method, count in missing.items()) or "none"
     parts.append(f"Trials without a result: {told}. All others took {results['cpu_seconds']:,} processor seconds.\n")

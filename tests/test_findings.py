@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from promptrec.errors import InputError
-from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, results, row_scores
+from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, headroom, results, row_scores
 from promptrec.methods import METHODS
 from promptrec.tables import read_json, write_json
 
@@ -62,6 +62,24 @@ def test_a_claim_is_judged_by_the_interval_of_paired_differences():
     told = contrasts(scores, [Claim("x", "y", *pair) for pair in pairs])
     assert [one["verdict"] for one in told] == ["confirmed", "refuted", "not decided at this size"]
     assert told[0]["difference"] == pytest.approx(0.2) and told[0]["n"] == 4
+
+
+def test_an_oracle_chooses_the_best_part_of_every_row():
+    parts = list(METHODS["blend"].needs)
+    values = {parts[0]: [0.1, 0.5], parts[1]: [0.4, 0.1], "blend": [0.2, 0.6]} | {
+        name: [0.0, 0.0] for name in parts[2:]
+    }
+    scores = pd.DataFrame(
+        [
+            {"source": "s", "method": method, "id": str(row), "prompt_cluster": row, "scs": value}
+            for method, each in values.items()
+            for row, value in enumerate(each)
+        ]
+    )
+    (told,) = headroom(scores)
+    assert told["oracle"] == pytest.approx(0.45) and told["ensemble_mean"] == pytest.approx(0.4)
+    assert (told["best_part"], told["best_part_mean"]) == (parts[0], pytest.approx(0.3))
+    assert headroom(scores[scores["method"] != "blend"]) == []
 
 
 def test_every_claim_is_about_methods_that_exist():
