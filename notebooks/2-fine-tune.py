@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | accelerator | none (`local`: a tiny Gemma) · one CUDA GPU or 2xT4 for a 7B model · on a TPU: {doc}`2-fine-tune-tpu` |
-# | time | 7 minutes on two CPU cores |
+# | time | 8 minutes on two CPU cores |
 # | reads | `training_data.csv` from {doc}`1-generate-data`, the base model |
 # | writes | `adapter/` with the LoRA weights, checkpoints and `history.csv`, and its manifest |
 # | prerequisites | Part 1; what a neural network and a gradient are |

@@ -50,6 +50,7 @@ SMALL = {
     "TrainOnSettings.all_rows": 60,
     "TrainOnSettings.few_rows": 12,
     "TrainOnSettings.steps": 2,
+    "TrainOnSettings.passes": 3,
     "TrainOnSettings.watched": 6,
     "TrainOnSettings.answered": 4,
     "InversionDemo.inverted_train": 40,
@@ -150,4 +151,6 @@ def test_preferences_run_from_a_first_adapter_of_their_own(run):
 def test_what_to_train_on_runs_every_variant(run):
     printed, out = run("what-to-train-on")
     assert len(pd.read_csv(out / "what-to-train-on.csv")) == 4
+    passed = pd.read_csv(out / "many-passes.csv")
+    assert passed.groupby("loss on")["passes"].agg(list).to_dict() == {"answer": [1, 2, 3], "whole": [1, 2, 3]}
     assert "tokens are labelled" in printed and "fine-tuned-narrow" in printed
