@@ -15,6 +15,7 @@ import pandas as pd
 from promptrec.comparison import compare, interval
 from promptrec.errors import InputError
 from promptrec.methods import METHODS
+from promptrec.scoring import Scorer
 from promptrec.tables import read_json
 
 BASELINE = "best-constant"
@@ -91,6 +92,28 @@ def _spread(asked: set, finished: Sequence[dict]) -> pd.Series:
     """Standard deviation of the seeds' means over the rows `asked`, by method."""
     means = [(one["method"], np.mean([row["scs"] for row in one["answers"] if row["id"] in asked])) for one in finished]
     return pd.DataFrame(means, columns=["method", "spread"]).groupby("method")["spread"].std(ddof=0)
+
+
+def sayings(rows: pd.DataFrame, finished: Sequence[dict], scorer: Scorer) -> pd.DataFrame:
+    """What the answers are like, for each source and method: `distinct` (their share), `words` (median), `dealt`.
+
+    `dealt` is the mean SCS of the same answers dealt to rows of other prompt clusters: what they score whatever the row.
+    What a method gained by looking at a row is its mean SCS beyond that.
+    """
+    test = rows.loc[rows["split"] == "test", ["id", "source", "prompt_cluster", "rewrite_prompt"]].replace(
+        {"source": SPOKEN}
+    )
+    told = []
+    for one in finished:
+        for source, part in test.merge(pd.DataFrame(one["answers"])[["id", "answer"]], on="id").groupby("source"):
+            answers, prompts = (scorer.encode(part[name].tolist()) for name in ("answer", "rewrite_prompt"))
+            clusters = part["prompt_cluster"].to_numpy()
+            others = clusters[:, None] != clusters
+            dealt = ((answers @ prompts.T) ** 3)[others].mean() if others.any() else np.nan
+            words = part["answer"].str.split().str.len().median()
+            shares = {"distinct": part["answer"].nunique() / len(part), "words": words, "dealt": float(dealt)}
+            told.append({"source": source, "method": one["method"]} | shares)
+    return pd.DataFrame(told).groupby(["source", "method"], as_index=False).mean()
 
 
 def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[dict]:

@@ -24,7 +24,7 @@ import pandas as pd
 
 from promptrec.data import TEXT_COLUMNS
 from promptrec.errors import InputError
-from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores
+from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores, sayings
 from promptrec.finetuning import split_triples
 from promptrec.inference import answer_column
 from promptrec.methods import METHODS, Task, check_method, methods_of
@@ -280,10 +280,10 @@ def write_results(
 ) -> pd.DataFrame:
     """<folder>/results.json from the finished trials: the table, claims, learning curves, and what is missing."""
     finished = [trial.result() for trial in trials if trial.path.is_file()]
-    scores = row_scores(rows, finished)
-    table = results(scores, finished)
+    scores, scorer = row_scores(rows, finished), profile_scorer(profile)
+    table = results(scores, finished).merge(sayings(rows, finished, scorer), on=["source", "method"])
     about = {
-        "scorer": profile_scorer(profile).name,
+        "scorer": scorer.name,
         "profile": profile.name,
         "settings": asdict(settings),
         "cpu_seconds": round(sum(one["fit_cpu_seconds"] + one["answer_cpu_seconds"] for one in finished)),

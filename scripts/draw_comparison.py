@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "compare.json"
 TABLES = ROOT / "docs" / "comparison-tables.md"
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "promptrec"}
-HEADER = ("method", "family", "mean SCS", "difference", "seeds (spread)", "CPU s: fit, answer", "MiB")
+HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s: fit, answer", "MiB")
 
 
 def figure_name(source: str) -> str:
@@ -29,13 +29,14 @@ def figure_name(source: str) -> str:
 
 def markdown(table: pd.DataFrame) -> str:
     """One source's rows as a Markdown table, best first."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADER) - 2)]
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
     for row in table.itertuples(index=False):
         cells = (
             row.method,
-            row.family,
             f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]",
             f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]",
+            f"{row.dealt:.3f}",
+            f"{row.distinct:.0%}, {row.words:.0f}",
             f"{row.seeds} ({row.spread:.3f})" if row.seeds > 1 else f"{row.seeds}",
             f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}",
             f"{row.memory_mib:.0f}",

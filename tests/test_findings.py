@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from promptrec.errors import InputError
-from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, headroom, results, row_scores
+from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, headroom, results, row_scores, sayings
 from promptrec.methods import METHODS
 from promptrec.tables import read_json, write_json
 
@@ -62,6 +62,28 @@ def test_a_claim_is_judged_by_the_interval_of_paired_differences():
     told = contrasts(scores, [Claim("x", "y", *pair) for pair in pairs])
     assert [one["verdict"] for one in told] == ["confirmed", "refuted", "not decided at this size"]
     assert told[0]["difference"] == pytest.approx(0.2) and told[0]["n"] == 4
+
+
+def test_answers_that_fit_any_row_score_as_much_when_dealt_to_others(word_scorer):
+    prompts = ["write a poem", "make it short", "make it short", "say it again"]
+    rows = pd.DataFrame(
+        {"id": list("abcd"), "split": "test", "source": "s", "prompt_cluster": [0, 1, 1, 2], "rewrite_prompt": prompts}
+    )
+
+    def trial(method: str, answers: list[str]) -> dict:
+        return {
+            "method": method,
+            "answers": [{"id": key, "answer": text} for key, text in zip("abcd", answers, strict=True)],
+        }
+
+    told = sayings(rows, [trial("right", prompts), trial("same", ["make it short"] * 4)], word_scorer).set_index(
+        "method"
+    )
+    pairs = [(one, other) for one in range(4) for other in range(4) if {one, other} not in ({1, 2}, {one})]
+    for name, answers in (("right", prompts), ("same", ["make it short"] * 4)):
+        scores = [word_scorer.scs([answers[one]], [prompts[other]])[0] for one, other in pairs]
+        assert len(scores) == 10 and told.loc[name, "dealt"] == pytest.approx(np.mean(scores), abs=1e-6)
+    assert told["distinct"].tolist() == [0.75, 0.25] and told["words"].tolist() == [3, 3]
 
 
 def test_an_oracle_chooses_the_best_part_of_every_row():
