@@ -17,7 +17,7 @@
 #
 # | | |
 # |---|---|
-# | accelerator | none (`local`: a rule-based stand-in for Gemma) · TPU v3-8 or 2xT4 for Gemma-7b-it |
+# | accelerator | none (`local`: a rule-based stand-in for Gemma) · a TPU with 8 cores or 2xT4 for Gemma-7b-it |
 # | time | under a minute on two CPU cores; for the TPU, the notebook this series descends from reports about six hours for 5,000 rows |
 # | reads | original texts, rewrite prompts, optionally other people's triples |
 # | writes | `training_data.csv` and its manifest |
@@ -152,7 +152,7 @@ print(originals["split"].value_counts().to_string())
 # %% [markdown]
 # ## Rewrite prompts
 #
-# Two sources. *Hand-written* prompts show how people really ask. A *Mad-Libs grammar* makes thousands more from wordings with slots; it knows which style and
+# Two sources. *Hand-written* prompts are free wordings, made by no rule (who wrote them: {doc}`../docs/data-card`). A *Mad-Libs grammar* makes thousands more from wordings with slots; it knows which style and
 # which slot values it put in, which helps when we ask later what a model gets right. It knows 70 styles; the offline run draws from 18 of them, as many as a few minutes of training on two cores can teach.
 
 # %%
@@ -236,8 +236,8 @@ plots.alt_text(
 #
 # ## Pair texts with prompts
 #
-# A pair stays inside one side, so nothing that is rewritten at great cost has to be thrown away later. Every prompt is used once before any is used twice: the number of distinct
-# prompts is what decides how well a model recovers, more rows per prompt hardly help.
+# A pair stays inside one side, so nothing that is rewritten at great cost has to be thrown away later. Every prompt is used once before any is used twice: competitors
+# report that distinct prompts help more than further rows of the same ones. (At our size {doc}`../docs/comparison` does not confirm that.)
 
 # %%
 columns = ["rewrite_prompt", "prompt_cluster", "split"]
@@ -262,7 +262,7 @@ print(templates.rewrite_request("The ferry leaves at nine.", "Make it rhyme"))
 #
 # ### The two Gemma paths
 #
-# **On a TPU v3-8** Gemma runs in Keras on JAX. Eight cores hold 16 GB each; 8.5 billion parameters in bfloat16 take 17 GB, more than one core has. So the weights are
+# **On a TPU** (v5e-8 or v3-8) Gemma runs in Keras on JAX. Eight cores hold 16 GB each; 8.5 billion parameters in bfloat16 take 17 GB, more than one core has. So the weights are
 # *sharded*: each core keeps an eighth of every matrix, computes with its part, and the partial results are added up.
 #
 # ```{image} ../images/sharding.svg
@@ -300,7 +300,7 @@ print("rewrite :", rewriter.rewrite([example["original_text"]], [example["rewrit
 # %% [markdown]
 # ### Nothing done is lost
 #
-# Kaggle ends a session after nine hours (twelve without a competition), and machines die. Every finished batch is appended to a log and forced to disk; a restart reads the log and goes on with what is missing. To see it, stop after the first batch and call
+# Kaggle ends a session after twelve hours on a GPU and nine on a TPU, and machines die. Every finished batch is appended to a log and forced to disk; a restart reads the log and goes on with what is missing. To see it, stop after the first batch and call
 # again.
 
 # %%

@@ -34,7 +34,7 @@
 # The obstacle is memory. Training every weight of Gemma-7b in 32 bits takes well over 100 GB, and a T4 has 16. Two
 # ideas bring that down to what a T4 can hold: **quantisation** stores the base coarsely, **LoRA** trains a small
 # addition instead of the base. Together they are called **QLoRA**. A third idea, **a loss on the answer only**, saves
-# memory and raises the score.
+# memory and, as a competitor reports, raises the score.
 
 # %% [markdown]
 # ## Set-up
@@ -481,8 +481,8 @@ print(f"at step {history['step'].max()} of {settings.steps} after {(time.time() 
 history.dropna(subset=["scs"])[["step", "eval_loss", "scs"]].round(3)
 
 # %% [markdown]
-# The held-out loss falls steadily. Held-out SCS rises in jumps: few rows are watched, and naming the wrong kind of change
-# costs a whole answer. Once more, now that all steps are done:
+# The held-out loss falls, now and then with a small step back. Held-out SCS moves in jumps: few rows are watched, and naming
+# the wrong kind of change costs a whole answer. Once more, now that all steps are done:
 
 # %%
 started = time.time()

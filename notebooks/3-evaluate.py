@@ -80,7 +80,7 @@ started = time.time()
 # * **retrieval_rows**: training rows that the method without a language model is fitted on.
 # * **embedding_rows**, **embedding_steps**: what the method after that is fitted on, and how long each of its three heads
 #   is trained; `promptrec recover` trains five, longer.
-# * **time_budget**: Kaggle ends a session after nine hours. When a method's time is over, its remaining rows get a
+# * **time_budget**: Kaggle ends a submission after nine hours. When a method's time is over, its remaining rows get a
 #   constant.
 
 
@@ -129,8 +129,8 @@ held_out.groupby("test_set").agg(rows=("id", "size"), clusters=("prompt_cluster"
 # * **The rewriter's rows.** Offline their rewrites come from the rule-based *stand-in* of Part 1. They tell whether
 #   the machinery works and whether a model can learn to read a change off two texts. They tell nothing about Gemma's
 #   texts. On Kaggle the rewriter is Gemma, and this is the set that counts.
-# * **The hand-written rows.** Free prompts and free rewrites, much nearer to the real task, and few: two hundred
-#   test rows. Read their interval before their mean.
+# * **The hand-written rows.** Free prompts and free rewrites, much nearer to the real task, and few: some
+#   five hundred, of which two hundred are evaluated. Read their interval before their mean.
 #
 # Neither set was touched in Part 2: its checkpoint was chosen on *validation* rows. That is why validation rows, of
 # either kind, are no use here: a checkpoint picked because it does well on them does well on them.
@@ -283,7 +283,7 @@ keep("best constant", test["test_set"].map(constants).fillna(constant.prompt).to
 constants
 
 # %% [markdown]
-# This is the number to beat: whatever does not beat the best constant has learned nothing from the two texts.
+# This is the number to beat: what scores less is not worth submitting, whatever it has read in the two texts.
 # Sentences *searched* word by word for this purpose ("mean prompts") go further and scored .69 on the leaderboard.
 #
 # ### Retrieval: no language model at all
@@ -343,7 +343,7 @@ total, ours = (sum(size for name, size in engine.sizes.items() if mark in name) 
 print(f"{model_name(profile.base_model)}: the adapter is {ours:,} of {total:,} stored weights")
 
 # %% [markdown]
-# What the model reads is the same text as in Part 2, from the same function. A second copy of a template is how a
+# (Two weights of four bits lie in one stored number.) What the model reads is the same text as in Part 2, from the same function. A second copy of a template is how a
 # newline gets lost between training and test.
 
 # %%
@@ -372,7 +372,7 @@ for name, tokens in {"one row at a time": sum(lengths), "as they come": padded(l
 print(f"{'sorted':18} {padded(sorted(lengths), settings.batch_size):9,} tokens")
 
 # %% [markdown]
-# Unsorted, more than half of the work is padding; sorted, about a fifth is. `promptrec.language_model.generate`
+# Unsorted, more than half of the work is padding; sorted, about an eighth is. `promptrec.language_model.generate`
 # sorts, answers, and puts the answers back in the order of the rows. One row at a time needs no padding but as many
 # calls as rows; the tutorial this series descends from took 74 minutes for 600 rows that way.
 #
@@ -670,9 +670,9 @@ picked[columns].round(2)
 #   rules that somebody wrote down. It says nothing about Gemma's rewrites, where one prompt leads to a thousand
 #   texts.
 #
-# And one trap: choosing the best of six methods *on* these rows makes the winner's score a little too good, because
-# part of what made it win was luck. The paired interval is the guard against that: where it touches zero, the winner
-# is a pick, not a finding.
+# And one trap: choosing the best of seven methods *on* these rows makes the winner's score a little too good, because
+# part of what made it win was luck. A clear margin survives that; where the paired interval touches zero, the winner is
+# a pick, not a finding, until it is measured again on fresh rows.
 
 # %%
 evidence = "hand-written" if profile.rewriter == "rules" else rewriter_set

@@ -1,6 +1,6 @@
 """What to fine-tune a causal LM on: the answer or the whole text, all triples or few, of many prompts or of few.
 
-A course paper and others report that a small set beats a large one, that a loss over the whole text overfits, and that
+Gan et al. (2024) and others report that a small set beats a large one, that a loss over the whole text overfits, and that
 the diversity of the prompts matters. Here each is one change of the same fine-tuning: steps, batches, lengths stay.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +38,9 @@ def train_adapter(task: Task, folder: str | Path, **changes: object) -> Path:
     measure = None
     if settings.evaluate_every < settings.steps:
         measure = held_out_scs(watched, task.scorer, profile.chat, GenerationSettings(batch_size=64))
-    finetune(task.train, watched, profile.base_model, folder, settings, profile.chat, measure)
+    history = finetune(task.train, watched, profile.base_model, folder, settings, profile.chat, measure)
+    if (reached := int(history["step"].max())) < settings.steps:
+        raise InputError(f"{folder}: its time was over at step {reached} of {settings.steps}; the same call goes on")
     return Path(folder)
 
 
@@ -70,11 +71,11 @@ def build(
 ) -> LanguageModelRecoverer:
     """The base model with an adapter of its own: another loss, or fewer `rows` (0: all) of few `clusters` (0: any).
 
-    `variant` goes into its name. The adapter is kept in `folder`, where one is given.
+    `variant` goes into its name. The adapter is kept in `folder`, by default beside the task's own; a run that was
+    stopped goes on there.
     """
     if rows:
         task = replace(task, train=subset(task.train, task.clusters, rows, clusters, task.seed))
-    with TemporaryDirectory(prefix="adapter-") as scratch:
-        adapter = train_adapter(task, folder or scratch, loss=loss)
-        recoverer = build_prompted(replace(task, adapter=adapter), adapted=True)
+    folder = folder or task.adapter.with_name("-".join(filter(None, [task.adapter.name, variant or loss])))
+    recoverer = build_prompted(replace(task, adapter=train_adapter(task, folder, loss=loss)), adapted=True)
     return replace(recoverer, name=f"fine-tuned-{variant}" if variant else "fine-tuned")

@@ -63,7 +63,7 @@ def rewrite(
     table: Input,
     out: Annotated[Path, typer.Option(help="JSONL log, appended; the same call resumes")],
     profile: ProfileName = None,
-    batch_size: int = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts at a time")] = 64,
     shard: Annotated[str | None, typer.Option(help="INDEX/COUNT, for runs started apart; not with torchrun")] = None,
     seed: Seed = 0,
 ) -> None:
@@ -90,7 +90,7 @@ def finetune(
     table: Input,
     out: Annotated[Path, typer.Option(help="folder of the adapter; the same call resumes")],
     profile: ProfileName = None,
-    steps: Annotated[int, typer.Option(help="0: as the profile says")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="0: as the profile says")] = 0,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a LoRA adapter on triples; held-out prompt clusters pick the checkpoint."""
@@ -179,7 +179,9 @@ def compare(
     methods: Annotated[str, typer.Option(help="names, separated by commas; default: all the profile can run")] = "",
     rows: Annotated[int, typer.Option(min=1, help="test rows")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="of each method that is trained or sampled")] = 3,
-    jobs: Annotated[int, typer.Option(min=0, help="processes at a time; 0: one for each core")] = 0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="processes at a time; 0: one a core, or one with an accelerator")
+    ] = 0,
     profile: ProfileName = None,
 ) -> None:
     """Compare methods on one split under one scorer: each with each seed in a process of its own, resumable."""

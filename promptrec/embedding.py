@@ -21,7 +21,7 @@ from promptrec.errors import InputError
 from promptrec.inference import check_pairs
 from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend
 from promptrec.scoring import Scorer, unit
-from promptrec.splits import cluster_prompts
+from promptrec.splits import clusters_of
 from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folder, digest, read_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ class EmbeddingRecoverer:
         prompts = self.scorer.encode(train["rewrite_prompt"].tolist())
         self.features = PairFeatures(self.encoder)
         given = self.features.fit_transform(train)
-        self.predictor = PromptPredictor(self.settings).fit(*given, prompts, self.vectors, cluster_prompts(prompts))
+        self.predictor = PromptPredictor(self.settings).fit(
+            *given, prompts, self.vectors, clusters_of(train["rewrite_prompt"])
+        )
 
     def posterior(self, table: pd.DataFrame) -> Posterior:
         """What is believed of each row's prompt."""

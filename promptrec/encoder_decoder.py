@@ -1,9 +1,9 @@
 """An encoder reads the two texts, a decoder writes the prompt, and a bridge decides what the decoder gets to see.
 
-Three bridges: "none" hands over BERT's hidden states as they are (EncoderDecoderModel); "pooled" is the course paper's
-own, one max-pooled vector through three linear layers; "sequence" keeps every token and encodes how the texts differ,
+Three bridges: "none" hands over BERT's hidden states as they are (EncoderDecoderModel); "pooled" is the paper's own (Gan et
+al., 2024), one max-pooled vector through three linear layers; "sequence" keeps every token and encodes how the texts differ,
 which is what the paper set out to capture. Teacher forcing in training, free running in answers.
-Source: the encoder-decoder section of the course paper among the references; Rothe et al., 2020, for BERT with GPT-2.
+Source: the encoder-decoder section of Gan et al., 2024; Rothe et al., 2020, for BERT with GPT-2.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Knows finished trials only, as trials.py writes them: {"method", "seed", "answer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ BASELINE = "best-constant"
 READ = ["source", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n", "seeds"]
 SPOKEN = {"promptrec": "hand-written"}  # sources as the book calls them
 CLOCKS = ("seconds", "cpu_seconds")
+FEWEST_CLUSTERS = 10  # a bootstrap over fewer decides nothing
+BEST_SINGLE = "the best single method"
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,34 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("fine-tuning beats few-shot prompting", "reference notebooks", "fine-tuned", "few-shot"),
-    Claim("few-shot prompting beats zero-shot", "reference notebooks", "few-shot", "zero-shot"),
-    Claim("a small training set beats a large one", "the paper", "fine-tuned-small", "fine-tuned"),
+    Claim("fine-tuning beats few-shot prompting", "cma1114", "fine-tuned", "few-shot"),
+    Claim("few-shot prompting beats zero-shot", "cma1114", "few-shot", "zero-shot"),
+    Claim("a small training set beats a large one", "Gan et al.", "fine-tuned-small", "fine-tuned"),
     Claim(
         "diverse training prompts beat few, repeated ones",
-        "reference notebooks",
+        "cma1114",
         "fine-tuned-small",
         "fine-tuned-narrow",
     ),
     Claim("loss on the answer beats loss on the whole text", "cma1114", "fine-tuned", "fine-tuned-whole"),
-    Claim("PPO lifts a base model", "the paper found it flat", "ppo-base", "zero-shot"),
+    Claim("PPO lifts a base model", "Gan et al. found it flat", "ppo-base", "zero-shot"),
     Claim("PPO lifts a fine-tuned model", "open idea", "ppo-tuned", "fine-tuned"),
     Claim("RLOO lifts a fine-tuned model", "open idea", "rloo", "fine-tuned"),
-    Claim("DPO on its own ranked answers lifts a fine-tuned model", "reference portfolio", "dpo", "fine-tuned"),
-    Claim("own answers make better DPO pairs than another model's", "reference portfolio", "dpo", "dpo-other"),
+    Claim("DPO on its own ranked answers lifts a fine-tuned model", "Gormann", "dpo", "fine-tuned"),
+    Claim("own answers make better DPO pairs than another model's", "Gormann", "dpo", "dpo-other"),
     Claim("a length chosen by likelihood beats a drawn one", "open idea", "infilling-likelihood", "infilling"),
     Claim("a bridge that keeps the sequence beats a pooled one", "open idea", "bridge-sequence", "bridge-pooled"),
     Claim("contrastive likelihood beats plain likelihood", "open idea", "contrastive-likelihood", "forward-likelihood"),
-    Claim("a model is a poor judge: agreement chooses better", "reference notebooks", "agreement", "judge"),
+    Claim("a model is a poor judge: agreement chooses better", "cma1114", "agreement", "judge"),
     Claim("token search improves an inverted prompt", "open idea", "inversion-polished", "inversion"),
-    Claim("the blend beats the best single method", "open idea", "blend", "embedding"),
+    Claim("the blend beats the best single method", "open idea", "blend", BEST_SINGLE),
 )
 
 
 def row_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
     """SCS of every method on every test row, averaged over its seeds: source, method, id, prompt_cluster, scs."""
+    if not finished:
+        raise InputError("no trial has finished; the .failed files beside the trials say why")
     test = rows.loc[rows["split"] == "test", ["id", "source", "prompt_cluster"]].replace({"source": SPOKEN})
     answers = [pd.DataFrame(one["answers"]).assign(method=one["method"], seed=one["seed"]) for one in finished]
     keys = ["source", "method", "id", "prompt_cluster"]
@@ -113,7 +117,8 @@ def sayings(rows: pd.DataFrame, finished: Sequence[dict], scorer: Scorer) -> pd.
             words = part["answer"].str.split().str.len().median()
             shares = {"distinct": part["answer"].nunique() / len(part), "words": words, "dealt": float(dealt)}
             told.append({"source": source, "method": one["method"]} | shares)
-    return pd.DataFrame(told).groupby(["source", "method"], as_index=False).mean()
+    table = pd.DataFrame(told).groupby(["source", "method"], as_index=False).mean()
+    return table.astype({"dealt": object}).where(table.notna(), None)  # JSON knows no NaN
 
 
 def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[dict]:
@@ -124,36 +129,49 @@ def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[di
     told = []
     for source, part in scores.groupby("source"):
         wide = part.pivot(index=["id", "prompt_cluster"], columns="method", values="scs")
+        single = [method for method in wide if method in METHODS and METHODS[method].family != "ensembles"]
+        best = wide[single].mean().idxmax() if single else None
         for claim in claims:
+            claim = replace(claim, worse=best) if best and claim.worse == BEST_SINGLE else claim
             if {claim.better, claim.worse} <= set(wide):
                 clusters = wide.index.get_level_values("prompt_cluster")
                 mean, low, high = interval((wide[claim.better] - wide[claim.worse]).to_numpy(), clusters)
-                verdict = "confirmed" if low > 0 else "refuted" if high < 0 else "not decided at this size"
+                open_ = low <= 0 <= high or clusters.nunique() < FEWEST_CLUSTERS
+                verdict = "not decided at this size" if open_ else "confirmed" if low > 0 else "refuted"
                 means = {"better_mean": wide[claim.better].mean(), "worse_mean": wide[claim.worse].mean()}
                 found = means | {"difference": mean, "low": low, "high": high, "n": len(wide), "verdict": verdict}
                 told.append({"source": source, **asdict(claim), **found})
     return told
 
 
-def headroom(scores: pd.DataFrame, ensemble: str = "blend") -> list[dict]:
+def headroom(rows: pd.DataFrame, finished: Sequence[dict], ensemble: str = "blend") -> list[dict]:
     """For each source, what choosing among an ensemble's parts could reach at most: the best part on every single row.
 
-    `scores` as row_scores gives them. Beside this oracle, the mean SCS of the best single part and of the ensemble.
+    The best is taken within a seed, then seeds are averaged. Beside this oracle, the mean SCS of the best part and of
+    the ensemble.
     """
-    told, parts = [], list(METHODS[ensemble].needs)
-    for source, part in scores.groupby("source"):
-        wide = part.pivot(index=["id", "prompt_cluster"], columns="method", values="scs")
-        if {ensemble, *parts} <= set(wide):
-            mean, low, high = interval(
-                wide[parts].max(axis=1).to_numpy(), wide.index.get_level_values("prompt_cluster")
-            )
-            best = wide[parts].mean().idxmax()
-            told.append(
-                {"source": source, "ensemble": ensemble, "parts": parts, "best_part": best}
-                | {"best_part_mean": wide[best].mean(), "ensemble_mean": wide[ensemble].mean()}
-                | {"oracle": mean, "low": low, "high": high}
-            )
+    parts, by_seed = METHODS[ensemble].needs, {}
+    for one in finished:
+        by_seed.setdefault(one["seed"], {})[one["method"]] = one
+    seeds = [by_seed[0] | each for each in by_seed.values() if {ensemble, *parts} <= set(by_seed[0] | each)]
+    told = []
+    for scores in _together(row_scores(rows, list(each.values())) for each in seeds):
+        wide = scores.pivot(index=["id", "prompt_cluster", "seed"], columns="method", values="scs")
+        oracle = wide[list(parts)].max(axis=1).groupby(["id", "prompt_cluster"]).mean()
+        mean, low, high = interval(oracle.to_numpy(), oracle.index.get_level_values("prompt_cluster"))
+        best = wide[list(parts)].mean().idxmax()
+        told.append(
+            {"source": scores["source"].iloc[0], "ensemble": ensemble, "parts": list(parts), "best_part": best}
+            | {"best_part_mean": wide[best].mean(), "ensemble_mean": wide[ensemble].mean()}
+            | {"oracle": mean, "low": low, "high": high}
+        )
     return told
+
+
+def _together(scores: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Tables of scores, one a seed, as one table for each source with a column `seed`."""
+    tables = [table.assign(seed=number) for number, table in enumerate(scores)]
+    return [part for _, part in pd.concat(tables).groupby("source")] if tables else []
 
 
 def comparison_rows(methods: Sequence[str] = (), path: str | Path | None = None) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from promptrec.errors import InputError
 from promptrec.inference import held_out_scs
 from promptrec.profiles import Profile, model_name, override, preset
 from promptrec.scoring import Scorer, profile_scorer
-from promptrec.splits import check_split, cluster_prompts, split_components
+from promptrec.splits import check_split, clusters_of, split_components
 from promptrec.tables import read_table, write_manifest
 
 
@@ -51,7 +51,7 @@ def finetune_file(
     original is on two sides; others are cleaned, clustered and split here.
     """
     scorer, settings, started = profile_scorer(profile), settings_for(profile, seed=seed, **changes), time.time()
-    table = from_first(lambda: split_triples(path, scorer))
+    table = from_first(lambda: split_triples(path))
     train, validation = (table[table["split"] == split] for split in ("train", "validation"))
     if train.empty or validation.empty:
         raise InputError(
@@ -77,14 +77,14 @@ def finetune_file(
     return history
 
 
-def split_triples(path: str | Path, scorer: Scorer) -> pd.DataFrame:
-    """The triples of a file with prompt_cluster and split, either the file's own or made here."""
-    raw = read_table(path)
-    if {"split", "prompt_cluster"} <= set(raw.columns):
-        return check_split(load_triples(path).assign(split=raw["split"], prompt_cluster=raw["prompt_cluster"]))
-    table = clean(load_triples(path))[0]
+def split_triples(path: str | Path) -> pd.DataFrame:
+    """The triples of a file with prompt_cluster and split, the file's own or, where it has none, made here."""
+    raw, table = read_table(path), load_triples(path)
+    table = table if "split" in raw else clean(table)[0]
     if table.empty:
         raise InputError(f"{path}: no row survives cleaning (blank, refused, unchanged or extreme texts)")
-    clusters = cluster_prompts(scorer.encode(table["rewrite_prompt"].tolist()))
-    table = table.assign(prompt_cluster=clusters)
-    return table.assign(split=split_components(table))
+    known = {"split", "prompt_cluster"} <= set(raw.columns)
+    table["prompt_cluster"] = raw["prompt_cluster"] if known else clusters_of(table["rewrite_prompt"])
+    return (
+        check_split(table.assign(split=raw["split"])) if "split" in raw else table.assign(split=split_components(table))
+    )

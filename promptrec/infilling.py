@@ -4,7 +4,7 @@
 
 The loss sees the masks only: cross-entropy, the expected SCS of what would be filled in, or a mixture. How long a prompt
 is, nobody tells the model: a length is drawn as training prompts have it, or the likeliest of several is taken.
-Source: the text-infilling section of the course paper among the references (BERT, T5 and SCS as the loss).
+Source: the text-infilling section of Gan et al., 2024 (BERT, T5 and SCS as the loss).
 """
 
 from __future__ import annotations

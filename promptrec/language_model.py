@@ -145,7 +145,8 @@ def generate(
     After `stop_after` seconds the remaining answers are empty strings. Out of memory halves the batch.
     """
     settings = settings or GenerationSettings()
-    torch.manual_seed(settings.seed)
+    if settings.temperature:  # greedy answers draw nothing, and training that watches them goes on drawing
+        torch.manual_seed(settings.seed)
     encoded = [token_ids(tokenizer, request) for request in requests]
     order = sorted(range(len(encoded)), key=lambda position: len(encoded[position]), reverse=True)
     answers, batch_size = [""] * len(encoded), settings.batch_size

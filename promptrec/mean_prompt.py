@@ -21,9 +21,9 @@ from promptrec.errors import InputError
 from promptrec.inference import Constant
 from promptrec.probes import probe_weights, read_probes
 from promptrec.profiles import override
-from promptrec.scoring import Scorer, get_scorer, unit
+from promptrec.scoring import Scorer, unit
 from promptrec.search_encoders import SearchEncoder, encoder_of
-from promptrec.splits import cluster_prompts
+from promptrec.splits import clusters_of
 from promptrec.tables import progress, write_manifest, write_text
 from promptrec.token_search import Objective, SearchSettings, Step, search
 
@@ -39,7 +39,7 @@ def halves(prompts: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarra
     The clusters are MiniLM's, whatever scores: their threshold is a MiniLM cosine.
     """
     distinct = sorted(set(prompts))
-    numbers = cluster_prompts(get_scorer("minilm").encode(distinct)).tolist()
+    numbers = clusters_of(distinct).tolist()
     first = dict(zip(reversed(numbers), reversed(distinct), strict=True))
     if len(first) < FEWEST_CLUSTERS:
         many = f"{len(prompts)} prompts in {len(first)} clusters"

@@ -6,10 +6,11 @@ Task and returns a recoverer that is ready to answer. Its module is imported whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from promptrec.inference import Recoverer, answer_column
 from promptrec.profiles import Profile
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import Scorer, get_scorer, profile_scorer
-from promptrec.splits import cluster_prompts
+from promptrec.splits import SAME_PROMPT, clusters_of
+from promptrec.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Task:
     validation: pd.DataFrame
     adapter: Path
     seed: int = 0
+    avoid: frozenset[str] = frozenset()  # shipped prompts that are a wording of one that is to be recovered
 
     @property
     def scorer(self) -> Scorer:
@@ -48,12 +51,12 @@ class Task:
     @cached_property
     def clusters(self) -> np.ndarray:
         """Prompt cluster of each training triple, [n]."""
-        return cluster_prompts(get_scorer("minilm").encode(self.train["rewrite_prompt"].tolist()))
+        return clusters_of(self.train["rewrite_prompt"])
 
     @cached_property
     def bank(self) -> list[str]:
-        """All prompts that may be answered with: the shipped ones and those of the training triples."""
-        return sorted({*shipped_prompts()["rewrite_prompt"], *self.train["rewrite_prompt"]})
+        """All prompts that may be answered with: the shipped ones but those to avoid, and those of the training triples."""
+        return sorted({*shipped_prompts()["rewrite_prompt"]} - self.avoid | {*self.train["rewrite_prompt"]})
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,21 @@ class Joint:
 
 
 def training_triples(more: Sequence[str | Path] = ()) -> pd.DataFrame:
-    """The shipped training triples (never the held-out ones) and whatever files the user adds, cleaned."""
-    return clean(merge_triples([shipped_triples(["train"]), *map(load_triples, more)]))[0]
+    """The shipped training triples and the user's, cleaned; never the held-out ones of a file that has a split."""
+    return clean(merge_triples([shipped_triples(["train"]), *map(_own_training_rows, more)]))[0]
+
+
+def _own_training_rows(path: str | Path) -> pd.DataFrame:
+    """A file's triples; where it has a split, those to train on."""
+    raw, table = read_table(path), load_triples(path)
+    return table[(raw["split"] == "train").to_numpy()] if "split" in raw else table
+
+
+def shipped_wordings_of(prompts: Iterable[str]) -> list[str]:
+    """Shipped prompts that are a wording of one of these: they may not answer rows that ask for it."""
+    shipped, minilm = shipped_prompts()["rewrite_prompt"].tolist(), get_scorer("minilm")
+    asked = minilm.encode(sorted(set(prompts)))
+    return sorted(compress(shipped, (minilm.encode(shipped) @ asked.T).max(1) >= SAME_PROMPT))
 
 
 def default_method(profile: Profile) -> str:
@@ -151,8 +167,8 @@ METHODS: dict[str, Method] = {
     "retrieval": Method("embeddings", "2nd place", "embedding:build_retrieval", random=False, keras=True),
     "embedding": Method("embeddings", "2nd place, decoded here", "embedding:build_embedding", keras=True),
     # --- a language model as it is
-    "zero-shot": Method("prompting", "the paper, 3.5", "prompting:build_prompted", random=False, keras=True),
-    "few-shot": Method("prompting", "reference notebooks", "prompting:build_prompted", {"shots": "random"}, keras=True),
+    "zero-shot": Method("prompting", "Gan et al., 3.5", "prompting:build_prompted", random=False, keras=True),
+    "few-shot": Method("prompting", "cma1114", "prompting:build_prompted", {"shots": "random"}, keras=True),
     "few-shot-similar": Method("prompting", "Liu et al., 2021", "prompting:build_prompted", {"shots": "similar"}),
     "few-shot-diverse": Method("prompting", "Zhang et al., 2022", "prompting:build_prompted", {"shots": "diverse"}),
     "prefix-improve": Method("prompting", "the forum", "prompting:build_opened", {"opening": IMPROVE}, random=False),
@@ -161,15 +177,15 @@ METHODS: dict[str, Method] = {
     "sampled": Method("prompting", "Eikema and Aziz, 2020", "prompting:build_sampled"),
     # --- fine-tuned
     "fine-tuned": Method(
-        "fine-tuning", "reference notebooks", "prompting:build_prompted", {"adapted": True}, adapted=True, keras=True
+        "fine-tuning", "cma1114", "prompting:build_prompted", {"adapted": True}, adapted=True, keras=True
     ),
     "fine-tuned-whole": Method(
-        "fine-tuning", "the paper, 3.5", "causal_lm:build", {"variant": "whole", "loss": "whole"}
+        "fine-tuning", "Gan et al., 3.5", "causal_lm:build", {"variant": "whole", "loss": "whole"}
     ),
-    "fine-tuned-small": Method("fine-tuning", "the paper, 4.4", "causal_lm:build", {"variant": "small", "rows": 400}),
+    "fine-tuned-small": Method("fine-tuning", "Gan et al., 4.4", "causal_lm:build", {"variant": "small", "rows": 400}),
     "fine-tuned-narrow": Method(
         "fine-tuning",
-        "reference notebooks",
+        "cma1114",
         "causal_lm:build",
         {"variant": "narrow", "rows": 400, "clusters": 16},
     ),
@@ -180,33 +196,33 @@ METHODS: dict[str, Method] = {
         "fine-tuning", "Eikema and Aziz, 2020", "prompting:build_sampled", {"adapted": True}, adapted=True
     ),
     # --- rewarded with the score
-    "ppo-base": Method("preferences", "the paper, 3.2", "ppo:build", {"start": "base"}),
+    "ppo-base": Method("preferences", "Gan et al., 3.2", "ppo:build", {"start": "base"}),
     "ppo-tuned": Method("preferences", "open idea", "ppo:build", {"start": "tuned"}, adapted=True),
     "rloo": Method("preferences", "open idea", "preferences:build_rloo", adapted=True),
-    "dpo": Method("preferences", "reference portfolio", "preferences:build_dpo", {"pairs": "own"}, adapted=True),
+    "dpo": Method("preferences", "Gormann", "preferences:build_dpo", {"pairs": "own"}, adapted=True),
     "dpo-other": Method("preferences", "the forum", "preferences:build_dpo", {"pairs": "other"}, adapted=True),
     # --- an encoder
-    "infilling": Method("encoders", "the paper, 3.4", "infilling:build", {"length": "drawn"}),
+    "infilling": Method("encoders", "Gan et al., 3.4", "infilling:build", {"length": "drawn"}),
     "infilling-likelihood": Method("encoders", "open idea", "infilling:build", {"length": "likelihood"}),
     "infilling-scs": Method(
-        "encoders", "the paper, 3.4", "infilling:build", {"length": "likelihood", "scs_share": 0.5}
+        "encoders", "Gan et al., 3.4", "infilling:build", {"length": "likelihood", "scs_share": 0.5}
     ),
-    "encoder-decoder": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "none"}),
-    "bridge-pooled": Method("encoders", "the paper, 3.3", "encoder_decoder:build", {"bridge": "pooled"}),
+    "encoder-decoder": Method("encoders", "Gan et al., 3.3", "encoder_decoder:build", {"bridge": "none"}),
+    "bridge-pooled": Method("encoders", "Gan et al., 3.3", "encoder_decoder:build", {"bridge": "pooled"}),
     "bridge-sequence": Method("encoders", "the texts' difference", "encoder_decoder:build", {"bridge": "sequence"}),
     # --- from the prompt's embedding to a string
     "inversion": Method("embeddings", "4th place; GEIA", "inversion:build"),
     "inversion-polished": Method("embeddings", "open idea", "inversion:build_polished", needs=("inversion",)),
     # --- others' answers, chosen or joined
     "concatenation": Method("ensembles", "1st place", "joining:build_concatenation", needs=JOINED),
-    "judge": Method("ensembles", "reference notebooks", "choosing:build_judge", needs=CANDIDATES),
+    "judge": Method("ensembles", "cma1114", "choosing:build_judge", needs=CANDIDATES),
     "agreement": Method("ensembles", "open idea", "choosing:build_agreement", needs=CANDIDATES),
     "forward-likelihood": Method("ensembles", "open idea", "choosing:build_likelihood", needs=CANDIDATES),
     "contrastive-likelihood": Method(
         "ensembles", "open idea", "choosing:build_likelihood", {"contrastive": True}, needs=CANDIDATES
     ),
     "gate-tags-clusters": Method("ensembles", "3rd place", "joining:build_gate_tags_clusters", needs=("fine-tuned",)),
-    # without the embedding method's own answer, which is joined for the very score that is maximised here
-    "mbr": Method("ensembles", "open idea", "choosing:build_mbr", needs=JOINED[1:]),
+    # without the answers that were joined or searched for the very score that is maximised here
+    "mbr": Method("ensembles", "open idea", "choosing:build_mbr", needs=("retrieval", "fine-tuned", "inversion")),
     "blend": Method("ensembles", "open idea", "joining:build_blend", needs=JOINED),
 }

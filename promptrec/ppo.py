@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from promptrec.errors import InputError
-from promptrec.language_model import load_model, load_tokenizer, stop_ids, token_ids
+from promptrec.language_model import compute_dtype, load_model, load_tokenizer, stop_ids, token_ids
 from promptrec.lora import LoraSettings, attach_adapter
 from promptrec.profiles import override, preset
 from promptrec.rewards import (
@@ -175,6 +175,7 @@ def improve(
     mean = masked_mean(gains, rollout.mask)
     spread = masked_mean((gains - mean) ** 2, rollout.mask).sqrt()
     gains = (gains - mean) / (spread + 1e-8)
+    scaler = torch.amp.GradScaler("cuda", enabled=torch.cuda.is_available() and compute_dtype() == torch.float16)
     for _ in range(settings.epochs):
         optimizer.zero_grad()
         for rows in torch.arange(len(old)).split(settings.at_once):
@@ -183,10 +184,12 @@ def improve(
             missed = masked_mean((values - returns[rows]) ** 2, part.mask)
             loss = clipped_loss(new, old[rows], gains[rows], part.mask, settings.ratio_clip)
             share = part.mask.sum() / rollout.mask.sum()
-            (share * (loss + settings.value_price * missed)).backward()
+            scaler.scale(share * (loss + settings.value_price * missed)).backward()
+        scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], settings.clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
 
 
 class LanguageModelPolicy:
@@ -232,8 +235,9 @@ class LanguageModelPolicy:
     def evaluate(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         base = self.model.get_base_model()
         hidden = base.model(input_ids=rollout.ids, attention_mask=rollout.attention, use_cache=False).last_hidden_state
-        before = hidden[:, -rollout.answers.shape[1] - 1 : -1]  # the states that the answer's tokens were drawn from
-        logits = base.lm_head(before).float() / self.settings.temperature
+        # the states that the answer's tokens were drawn from; of a model on two cards they lie on the last one
+        before = hidden[:, -rollout.answers.shape[1] - 1 : -1].to(rollout.answers.device)
+        logits = base.lm_head(before).to(before.device).float() / self.settings.temperature
         log_probs = logits.log_softmax(-1).gather(2, rollout.answers[..., None])[..., 0]
         return log_probs, self.value(before.detach().float())[..., 0]
 

@@ -18,6 +18,7 @@ from datasets.utils.logging import disable_progress_bar
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, RLOOConfig, RLOOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from promptrec.data import slice_texts
 from promptrec.embedding import RetrievalRecoverer
@@ -43,6 +44,8 @@ from promptrec.templates import chat_of
 
 if TYPE_CHECKING:
     from promptrec.methods import Task
+
+CHECKPOINTS = {"use_reentrant": False}  # gradient checkpointing, where it is on
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def trainer_options(settings: TuningSettings, folder: str) -> dict[str, object]:
         "max_grad_norm": settings.clip,
         "optim": "adamw_torch",
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": CHECKPOINTS,
         "disable_dropout": True,
         "use_cpu": not on_gpu,
         "fp16": on_gpu and compute_dtype() == torch.float16,
@@ -182,11 +186,13 @@ def ranked_pairs(rows: pd.DataFrame, answers: np.ndarray, rewards: np.ndarray, l
 def own_pairs(
     model, tokenizer, rows: pd.DataFrame, reward: ScsReward, chat: str, settings: DPOSettings
 ) -> pd.DataFrame:
-    """Pairs of the model's own samples, ranked by their true SCS."""
+    """Pairs of the model's own samples, ranked by their true SCS; one that was cut off is never the better one."""
     drawing = GenerationSettings(settings.new_tokens, 32, settings.temperature, settings.seed)
     requests = np.repeat(rows["request"].to_numpy(), settings.samples).tolist()
     drawn = generate(model, tokenizer, requests, drawing, stop=chat_of(chat).after_model, description="sample")
     rewards = reward(drawn, np.repeat(rows["rewrite_prompt"].to_numpy(), settings.samples))
+    cut = [len(token_ids(tokenizer, text, begin=False)) >= settings.new_tokens for text in drawn]
+    rewards = np.where(cut, 0.0, rewards)  # the trainer would end it where it was cut off
     shape = (len(rows), settings.samples)
     return ranked_pairs(rows, np.array(drawn, dtype=object).reshape(shape), rewards.reshape(shape), settings.least_gap)
 
@@ -217,7 +223,11 @@ class Watch(TrainerCallback):
 
     def note(self, step: int) -> None:
         if len(self.rows):
-            rewards = self.reward(self.recoverer.recover(self.rows), self.rows["rewrite_prompt"])
+            with disable_gradient_checkpointing(
+                self.recoverer.model.get_base_model(), CHECKPOINTS
+            ):  # it drops the cache
+                answers = self.recoverer.recover(self.rows)
+            rewards = self.reward(answers, self.rows["rewrite_prompt"])
             self.points[step] = curve_point(step, rewards, self.rows["rewrite_prompt"])
 
 
@@ -233,6 +243,8 @@ def dpo(
     set_seed(settings.seed)
     disable_progress_bar()
     at_once = min(settings.at_once, settings.rows_a_step)
+    if settings.rows_a_step % at_once:
+        raise InputError(f"dpo: at_once={settings.at_once} does not divide {settings.rows_a_step} rows a step")
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
             **trainer_options(settings, folder),
@@ -269,6 +281,8 @@ def build_dpo(task: Task, pairs: str = "own", **changes: object) -> TunedRecover
         raise InputError(f"pairs {pairs!r} are unknown; choose own or other")
     settings, profile = preset(task.profile, DPOSettings(), DPO_REAL, seed=task.seed, **changes), task.profile
     reward = ScsReward(task.scorer, settings.banned)
+    if pairs == "other":  # half of the prompts are left to fit the other model on
+        settings = replace(settings, rows=max(1, min(settings.rows, task.train["rewrite_prompt"].nunique() // 2)))
     rows = asked(task.train, profile.chat, settings)
     model, tokenizer = tunable(profile.base_model, task.adapter, settings)
     if pairs == "own":

@@ -197,7 +197,11 @@ class SeveralAnswers(LanguageModelRecoverer):
                     settings.max_new_tokens,
                 )
             for row, said, nats in zip(rows, answers, likelihood, strict=True):
-                chosen[row] = self.choose([normalise(text) for text in said], nats)
+                texts = [normalise(text, fallback="") for text in said]
+                if good := [
+                    place for place, text in enumerate(texts) if text
+                ]:  # blank ones would agree with each other
+                    chosen[row] = self.choose([texts[place] for place in good], np.asarray(nats)[good])
             keep(rows, [chosen[row] for row in rows])
         return chosen
 

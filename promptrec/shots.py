@@ -15,7 +15,7 @@ from promptrec.data import slice_texts
 from promptrec.errors import InputError
 from promptrec.inference import NEEDED, Shot
 from promptrec.scoring import get_scorer, unit
-from promptrec.splits import cluster_prompts
+from promptrec.splits import clusters_of
 from promptrec.text_features import LAST, TextEncoder
 
 LIKENESS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -28,7 +28,7 @@ LIKENESS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 def shot_pool(train: pd.DataFrame, size: int, words: int, seed: int = 0) -> pd.DataFrame:
     """At most `size` triples that shots are chosen from: drawn at random, one a prompt cluster, texts cut to `words`."""
     drawn = train.drop_duplicates("rewrite_prompt").sample(frac=1, random_state=seed).head(size)
-    clusters = cluster_prompts(get_scorer("minilm").encode(drawn["rewrite_prompt"].tolist()))
+    clusters = clusters_of(drawn["rewrite_prompt"])
     pool = drawn.assign(prompt_cluster=clusters).drop_duplicates("prompt_cluster").reset_index(drop=True)
     return slice_texts(pool, words)
 

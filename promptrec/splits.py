@@ -18,6 +18,13 @@ FRACTIONS = (0.75, 0.1, 0.15)
 SAME_PROMPT = 0.9  # MiniLM cosine from which two prompts count as the same request
 
 
+def clusters_of(prompts: Sequence[str]) -> np.ndarray:
+    """Cluster number of each prompt, [n]: by MiniLM, whatever scores, because the threshold is a MiniLM cosine."""
+    from promptrec.scoring import get_scorer
+
+    return cluster_prompts(get_scorer("minilm").encode(list(prompts)))
+
+
 def cluster_prompts(embeddings: np.ndarray, threshold: float = SAME_PROMPT, block: int = 2048) -> np.ndarray:
     """Cluster number of each unit vector [n, d]: connected components of "cosine at least `threshold`".
 

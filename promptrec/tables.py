@@ -5,6 +5,7 @@ Does not know what the columns mean; see data.py for that.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import errno
 import hashlib
@@ -139,8 +140,11 @@ def _cut_torn_tail(file) -> None:
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     """Write CSV, JSONL or Parquet by its ending, atomically: a reader sees the old file or the new one."""
     path = Path(path)
+    # a lone carriage return ends a line for those who read an unquoted cell
+    returns = any(table[name].astype(str).str.contains("\r", regex=False).any() for name in table)
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     writers = {
-        ".csv": lambda target: table.to_csv(target, index=False),
+        ".csv": lambda target: table.to_csv(target, index=False, quoting=quoting),
         ".jsonl": lambda target: table.to_json(target, orient="records", lines=True, force_ascii=False),
         ".parquet": lambda target: table.to_parquet(target, index=False),
     }

@@ -27,7 +27,7 @@ from promptrec.errors import InputError
 from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores, sayings
 from promptrec.finetuning import split_triples
 from promptrec.inference import answer_column
-from promptrec.methods import METHODS, Task, check_method, methods_of
+from promptrec.methods import METHODS, Task, check_method, methods_of, shipped_wordings_of
 from promptrec.profiles import Profile
 from promptrec.scoring import profile_scorer
 from promptrec.tables import claim, progress, read_json, read_table, versions, write_json, write_table
@@ -43,7 +43,7 @@ class CompareSettings:
     rows: int = 200  # test rows, shared out evenly among the sources of the triples
     validation_rows: int = 100  # for methods that choose by held-out rows
     seeds: int = 3  # of a method that is trained or sampled
-    jobs: int = 0  # processes at a time; 0: one for each core
+    jobs: int = 0  # processes at a time; 0: one for each core, or one where there is an accelerator
     seed: int = 0  # of which rows are drawn
 
 
@@ -76,7 +76,7 @@ def prepare(path: str | Path, folder: Path, profile: Profile, settings: CompareS
     A file with `split` and `prompt_cluster` (as Part 1 writes it) keeps its split; others are split here. Raises
     InputError where `folder` holds a comparison of other rows or by another scorer.
     """
-    table = split_triples(path, profile_scorer(profile))
+    table = split_triples(path)
     if "source" not in table:
         table = table.assign(source="triples")
     sides = {"validation": settings.validation_rows, "test": settings.rows}
@@ -86,11 +86,12 @@ def prepare(path: str | Path, folder: Path, profile: Profile, settings: CompareS
         if not (rows["split"] == side).any():
             raise InputError(f"{path}: no {side} rows; a comparison needs train, validation and test rows")
     about = {
-        "rows": digest(*rows[[*TEXT_COLUMNS, "split"]].to_numpy().ravel()),
+        "rows": digest(*rows[["id", *TEXT_COLUMNS, "split"]].to_numpy().ravel()),
         "profile": profile.name,
         "scorer": profile_scorer(profile).name,
     }
     claim(folder / "about.json", about, "a comparison of")
+    write_json(shipped_wordings_of(rows.loc[rows["split"] != "train", "rewrite_prompt"]), folder / "avoid.json")
     _keep_vectors(folder, rows, profile)
     write_table(rows, folder / "rows.csv")
     return rows
@@ -105,7 +106,7 @@ def _evenly(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 
 def _keep_vectors(folder: Path, rows: pd.DataFrame, profile: Profile) -> None:
     """Embed every prompt that may be answered with once, not once in each process."""
-    if (folder / "prompts.npz").is_file():
+    if read_arrays(folder / "prompts.npz"):
         return
     task = Task(profile, rows[rows["split"] == "train"], rows, folder)
     texts = sorted({*task.bank, *rows["rewrite_prompt"]})
@@ -133,12 +134,13 @@ class Clock:
 def run_trial(trial: Trial, profile: Profile) -> dict:
     """Fit the method, let it answer the validation and test rows, score the answers, write the result."""
     rows = read_table(trial.folder / "rows.csv")
-    known = read_arrays(trial.folder / "prompts.npz")
-    profile_scorer(profile).remember(known["texts"].tolist(), known["vectors"])
+    if known := read_arrays(trial.folder / "prompts.npz"):
+        profile_scorer(profile).remember(known["texts"].tolist(), known["vectors"])
     train, held = rows[rows["split"] == "train"], rows[rows["split"] != "train"]
     held = _with_answers(held.reset_index(drop=True), trial)
     validation = held[held["split"] == "validation"].reset_index(drop=True)
-    task = Task(profile, train.reset_index(drop=True), validation, adapter_of(trial), trial.seed)
+    avoid = frozenset(read_json(trial.folder / "avoid.json"))
+    task = Task(profile, train.reset_index(drop=True), validation, adapter_of(trial), trial.seed, avoid)
     clock = Clock()
     if trial.method == "fine-tuned":  # others of this seed start from its adapter
         from promptrec.causal_lm import train_adapter
@@ -221,12 +223,17 @@ def run_comparison(
     waves = [_trials(folder, wave, settings.seeds) for wave in in_waves([BASELINE, *methods])]
     trials = [trial for wave in waves for trial in wave]
     try:
-        _run(waves, profile, settings.jobs or os.cpu_count() or 1)
+        _run(waves, profile, settings.jobs or _jobs(profile))
     except KeyboardInterrupt:
         with suppress(InputError):  # not even the baseline is finished
             write_results(folder, rows, trials, profile, settings)
         raise
     return write_results(folder, rows, trials, profile, settings)
+
+
+def _jobs(profile: Profile) -> int:
+    """A process for each core, or one at a time where they would share an accelerator."""
+    return (os.cpu_count() or 1) if profile.name == "local" else 1
 
 
 def _trials(folder: Path, methods: Sequence[str], seeds: int) -> list[Trial]:
@@ -291,6 +298,6 @@ def write_results(
         "missing": [f"{trial.method}, seed {trial.seed}" for trial in trials if not trial.path.is_file()],
     }
     curves = {f"{one['method']}, seed {one['seed']}": one["history"] for one in finished if one["history"]}
-    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "headroom": headroom(scores)}
+    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "headroom": headroom(rows, finished)}
     write_json(about | found | {"histories": curves}, folder / "results.json")
     return table

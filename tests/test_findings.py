@@ -8,7 +8,18 @@ import pandas as pd
 import pytest
 
 from promptrec.errors import InputError
-from promptrec.findings import CLAIMS, READ, Claim, comparison_rows, contrasts, headroom, results, row_scores, sayings
+from promptrec.findings import (
+    BEST_SINGLE,
+    CLAIMS,
+    READ,
+    Claim,
+    comparison_rows,
+    contrasts,
+    headroom,
+    results,
+    row_scores,
+    sayings,
+)
 from promptrec.methods import METHODS
 from promptrec.tables import read_json, write_json
 
@@ -49,19 +60,33 @@ def test_rows_of_the_comparison_can_be_read_by_method(tmp_path):
         comparison_rows(path=tmp_path / "nowhere.json")
 
 
+def scores_of(methods: dict[str, list[float]]) -> pd.DataFrame:
+    rows = [
+        {"source": "s", "method": method, "id": str(row), "prompt_cluster": row, "scs": value}
+        for method, values in methods.items()
+        for row, value in enumerate(values)
+    ]
+    return pd.DataFrame(rows)
+
+
 def test_a_claim_is_judged_by_the_interval_of_paired_differences():
-    methods = {"up": [0.3, 0.4, 0.5, 0.6], "down": [0.1, 0.2, 0.3, 0.4], "mixed": [0.6, 0.1, 0.6, 0.5]}
-    scores = pd.DataFrame(
-        [
-            {"source": "s", "method": method, "id": str(row), "prompt_cluster": row, "scs": value}
-            for method, values in methods.items()
-            for row, value in enumerate(values)
-        ]
-    )
+    up, down = np.linspace(0.3, 0.6, 12), np.linspace(0.1, 0.4, 12)
+    scores = scores_of({"up": up, "down": down, "mixed": up + np.tile([0.3, -0.3], 6)})
     pairs = [("up", "down"), ("down", "up"), ("up", "mixed"), ("up", "absent")]
     told = contrasts(scores, [Claim("x", "y", *pair) for pair in pairs])
     assert [one["verdict"] for one in told] == ["confirmed", "refuted", "not decided at this size"]
-    assert told[0]["difference"] == pytest.approx(0.2) and told[0]["n"] == 4
+    assert told[0]["difference"] == pytest.approx(0.2) and told[0]["n"] == 12
+
+
+def test_few_clusters_decide_nothing():
+    (told,) = contrasts(scores_of({"up": [0.5] * 4, "down": [0.1] * 4}), [Claim("x", "y", "up", "down")])
+    assert told["verdict"] == "not decided at this size"
+
+
+def test_the_best_single_method_is_found_and_is_no_ensemble():
+    scores = scores_of({"blend": [0.9] * 12, "mbr": [0.8] * 12, "embedding": [0.3] * 12, "fine-tuned": [0.5] * 12})
+    (told,) = contrasts(scores, [Claim("x", "y", "blend", BEST_SINGLE)])
+    assert told["worse"] == "fine-tuned" and told["verdict"] == "confirmed"
 
 
 def test_answers_that_fit_any_row_score_as_much_when_dealt_to_others(word_scorer):
@@ -86,26 +111,30 @@ def test_answers_that_fit_any_row_score_as_much_when_dealt_to_others(word_scorer
     assert told["distinct"].tolist() == [0.75, 0.25] and told["words"].tolist() == [3, 3]
 
 
-def test_an_oracle_chooses_the_best_part_of_every_row():
+def test_an_oracle_chooses_the_best_part_of_every_row_within_a_seed():
     parts = list(METHODS["blend"].needs)
-    values = {parts[0]: [0.1, 0.5], parts[1]: [0.4, 0.1], "blend": [0.2, 0.6]} | {
-        name: [0.0, 0.0] for name in parts[2:]
-    }
-    scores = pd.DataFrame(
-        [
-            {"source": "s", "method": method, "id": str(row), "prompt_cluster": row, "scs": value}
-            for method, each in values.items()
-            for row, value in enumerate(each)
-        ]
-    )
-    (told,) = headroom(scores)
-    assert told["oracle"] == pytest.approx(0.45) and told["ensemble_mean"] == pytest.approx(0.4)
-    assert (told["best_part"], told["best_part_mean"]) == (parts[0], pytest.approx(0.3))
-    assert headroom(scores[scores["method"] != "blend"]) == []
+    rows = pd.DataFrame({"id": list("ab"), "split": "test", "source": "s", "prompt_cluster": [0, 1]})
+
+    def trial(method: str, seed: int, values: list[float]) -> dict:
+        answers = [{"id": key, "answer": "x", "scs": value} for key, value in zip("ab", values, strict=True)]
+        return {"method": method, "seed": seed, "answers": answers}
+
+    finished = [trial(name, seed, [0.0, 0.0]) for name in parts[2:] for seed in (0, 1)]
+    finished += [trial(parts[0], 0, [0.9, 0.5]), trial(parts[0], 1, [0.1, 0.5]), trial(parts[1], 0, [0.1, 0.1])]
+    finished += [trial(parts[1], 1, [0.9, 0.1]), trial("blend", 0, [0.2, 0.6]), trial("blend", 1, [0.2, 0.6])]
+    (told,) = headroom(rows, finished)
+    assert told["oracle"] == pytest.approx(0.7) and told["ensemble_mean"] == pytest.approx(0.4)
+    assert (told["best_part"], told["best_part_mean"]) == (parts[0], pytest.approx(0.5))
+    assert headroom(rows, [one for one in finished if one["method"] != "blend"]) == []
+
+
+def test_no_finished_trial_is_said():
+    with pytest.raises(InputError, match="no trial has finished"):
+        row_scores(pd.DataFrame(), [])
 
 
 def test_every_claim_is_about_methods_that_exist():
-    assert {method for claim in CLAIMS for method in (claim.better, claim.worse)} <= set(METHODS)
+    assert {method for claim in CLAIMS for method in (claim.better, claim.worse)} <= {*METHODS, BEST_SINGLE}
 
 
 def test_the_page_shows_the_committed_results():

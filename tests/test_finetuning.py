@@ -70,7 +70,7 @@ def test_local_and_kaggle_settings_differ_and_changes_are_checked():
 
 
 def test_a_file_without_splits_is_clustered_and_split(tmp_path, minilm):
-    table = finetuning.split_triples(write_triples(tmp_path / "t.csv"), minilm)
+    table = finetuning.split_triples(write_triples(tmp_path / "t.csv"))
     assert len(table) == 12 and table["prompt_cluster"].nunique() == 12
     assert table.groupby("prompt_cluster")["split"].nunique().eq(1).all()
 
@@ -78,7 +78,7 @@ def test_a_file_without_splits_is_clustered_and_split(tmp_path, minilm):
 def test_a_leaking_split_of_the_file_is_refused(tmp_path, minilm):
     path = write_triples(tmp_path / "t.csv", prompt_cluster=1, split=["train"] * 6 + ["test"] * 6)
     with pytest.raises(InputError, match="prompt_cluster"):
-        finetuning.split_triples(path, minilm)
+        finetuning.split_triples(path)
 
 
 def test_a_file_without_validation_rows_is_refused(tmp_path, profile):

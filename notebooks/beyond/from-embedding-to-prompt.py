@@ -220,8 +220,8 @@ def calibration(expected: np.ndarray, reached: np.ndarray, bins: int = 5) -> Fig
 calibration(posterior.expected, scs(vectors, truth))
 
 # %% [markdown]
-# Single rows scatter widely, groups should lie near the line. It is what tells the easy rows from the hopeless ones
-# before anything is submitted.
+# Single rows scatter widely, groups should lie near the line. It tells the easiest rows from the others before anything is
+# submitted; among the others it says little.
 #
 # ## Choosing: not the nearest, the best on average
 #
@@ -382,9 +382,9 @@ if report is not None:
 
 # %% [markdown]
 # The first table is flat: an eighth of the training rows does as well as all of them, so more rows of this kind will not
-# help. The second shows that the string, more than the vector, needs a bank with something near. What is lost between
-# vector and string is the largest gap of all, and a longer search closes only a part of it (the small table above). What is
-# left to try is a better reading of the two texts: the encoder is frozen, and was trained to say what a text is about, not
+# help. The second shows that the string, more than the vector, needs a bank with something near. The largest gap is the
+# choice: the bank holds far better prompts than the one that is chosen. Between vector and string more is lost, and a longer
+# search closes only a part of it (the small table above). What is left to try is a better reading of the two texts: the encoder is frozen, and was trained to say what a text is about, not
 # how it is written.
 #
 # ## What was written

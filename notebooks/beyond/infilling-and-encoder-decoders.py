@@ -113,7 +113,7 @@ score("best constant", [best_constant(train["rewrite_prompt"].tolist(), scorer)]
 # %% [markdown]
 # ## Infilling
 #
-# BERT was trained to fill in masked words from what stands on both sides. A course paper (Gan et al., section 3.4)
+# BERT was trained to fill in masked words from what stands on both sides. The paper of Gan et al. (2024, section 3.4)
 # puts the prompt where BERT can see both texts at once, and hides it:
 #
 # > original. The task is to rewrite this narrative with the given blanks: [MASK] [MASK] [MASK] rewritten
@@ -191,8 +191,9 @@ score("infilling, length by likelihood", by_likelihood)
 pd.DataFrame({"asked": test["rewrite_prompt"], "length drawn": answers, "by likelihood": by_likelihood}).head(6)
 
 # %% [markdown]
-# `infilling-iterative` in the comparison goes a step further: in training some of the prompt's tokens are shown, and
-# answers are filled in over four passes, the surest tokens first (mask-predict, Ghazvininejad et al., 2019).
+# A step further, not in the comparison (`shown` and `passes` in the settings): some of the prompt's tokens are shown in
+# training, and answers are filled in over several passes, the surest tokens first (mask-predict, Ghazvininejad et al.,
+# 2019).
 #
 # ### The score as a loss
 #

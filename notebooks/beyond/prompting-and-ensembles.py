@@ -523,8 +523,8 @@ note({"judge": choosing.Chooser("judge", lambda *_: verdicts).recover(asked)})
 #
 # The other way round: do not ask which prompt fits the rewrite, but how probable the **rewrite** is given the prompt. The
 # rewriting model knows that exactly, token by token, and nobody has to be taught anything. On the competition's rows this
-# would be Gemma-7b-it; here the tiny Gemma stands for it, which has learned to rewrite by rules and not to write as the
-# people did who wrote these rows.
+# would be Gemma-7b-it; here the tiny Gemma stands for it, which has learned to rewrite by rules and not
+# to write as the far larger models did that wrote these rows.
 
 # %%
 lines = [rewrite_request(row["original_text"][:160], prompt, profile.chat) for prompt in candidates.iloc[0]]

@@ -27,7 +27,7 @@
 # %% [markdown]
 # ## The idea
 #
-# Two reports on this task make claims about the training data. A course project (Gan, Zhu, Xia and Song, 2024)
+# Two reports on this task make claims about the training data. The paper of Gan et al. (2024)
 # fine-tuned Gemma-2B with a loss over the whole text, saw the training loss fall while the score on held-out rows went
 # up and down, and got its best score from 1,000 rows instead of 8,000. A competitor's notes (cma1114) find that the
 # diversity of the prompts matters.
@@ -251,7 +251,7 @@ for place in range(min(3, len(watched))):
 # %% [markdown]
 # ## Many passes over few rows: does it overfit?
 #
-# The course project trained with the loss over the whole text for 1, 5, 10 and 15 passes over 8,000 rows and scored .437,
+# The paper trained with the loss over the whole text for 1, 5, 10 and 15 passes over 8,000 rows and scored .437,
 # .506, .468 and .486 on held-out ones. Here a set small enough for that is passed over as often, once with each loss. If
 # the model overfits, the loss on the rows that it trains on falls while the one on held-out rows rises, and the score
 # with it falls. Both losses are again those of the prompt's tokens, whichever loss is trained.
@@ -327,7 +327,7 @@ comparison_rows(["fine-tuned", "fine-tuned-whole", "fine-tuned-small", "fine-tun
 #
 # * They trained models of two billion parameters and more for thousands of steps; this one has four million, and sees at
 #   most a part of the large set once. Only the runs with many passes above can overfit, and their set is small.
-# * Here the steps are the same for small and large sets. The course project counted epochs, so its large runs also took
+# * Here the steps are the same for small and large sets. The paper counted epochs, so its large runs also took
 #   more steps.
 # * The prompts of the test rows are in no training set, nor any within cosine 0.9 of one.
 #
