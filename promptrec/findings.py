@@ -131,8 +131,8 @@ def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[di
         wide = part.pivot(index=["id", "prompt_cluster"], columns="method", values="scs")
         single = [method for method in wide if method in METHODS and METHODS[method].family != "ensembles"]
         best = wide[single].mean().idxmax() if single else None
-        for claim in claims:
-            claim = replace(claim, worse=best) if best and claim.worse == BEST_SINGLE else claim
+        meant = [replace(claim, worse=best) if best and claim.worse == BEST_SINGLE else claim for claim in claims]
+        for claim in meant:
             if {claim.better, claim.worse} <= set(wide):
                 clusters = wide.index.get_level_values("prompt_cluster")
                 mean, low, high = interval((wide[claim.better] - wide[claim.worse]).to_numpy(), clusters)

@@ -75,6 +75,12 @@ def test_a_file_without_splits_is_clustered_and_split(tmp_path, minilm):
     assert table.groupby("prompt_cluster")["split"].nunique().eq(1).all()
 
 
+def test_a_split_without_clusters_is_kept(tmp_path, minilm):
+    split = ["train"] * 8 + ["test"] * 4
+    table = finetuning.split_triples(write_triples(tmp_path / "t.csv", split=split))
+    assert table["split"].tolist() == split and table["prompt_cluster"].nunique() == 12
+
+
 def test_a_leaking_split_of_the_file_is_refused(tmp_path, minilm):
     path = write_triples(tmp_path / "t.csv", prompt_cluster=1, split=["train"] * 6 + ["test"] * 6)
     with pytest.raises(InputError, match="prompt_cluster"):

@@ -6,7 +6,18 @@ import pytest
 from promptrec.data import shipped_triples
 from promptrec.errors import InputError
 from promptrec.inference import answer_column
-from promptrec.methods import METHODS, Joint, Method, Task, build, check_method, make_recoverer, methods_of
+from promptrec.methods import (
+    METHODS,
+    Joint,
+    Method,
+    Task,
+    build,
+    check_method,
+    make_recoverer,
+    methods_of,
+    shipped_wordings_of,
+    training_triples,
+)
 from promptrec.profiles import get_profile
 
 
@@ -33,6 +44,25 @@ def test_a_task_s_bank_holds_its_own_prompts_and_the_shipped_ones(tmp_path):
     task = Task(get_profile("local"), train, train, tmp_path)
     assert "Say it with flowers and nothing else" in task.bank and len(task.bank) > 5000
     assert task.clusters.tolist() == [0] * 4
+
+
+def test_held_out_rows_of_a_users_file_are_not_trained_on(tmp_path):
+    rows = shipped_triples(["test"]).head(3)[["original_text", "rewrite_prompt", "rewritten_text"]]
+    path = tmp_path / "t.csv"
+    rows.assign(split=["train", "test", "validation"]).to_csv(path, index=False)
+    prompts = set(training_triples([path])["rewrite_prompt"])
+    assert [prompt in prompts for prompt in rows["rewrite_prompt"]] == [True, False, False]
+    rows.to_csv(path, index=False)
+    assert set(rows["rewrite_prompt"]) <= set(training_triples([path])["rewrite_prompt"])
+
+
+def test_wordings_of_what_is_asked_are_kept_out_of_the_bank(tmp_path, monkeypatch):
+    shipped = pd.DataFrame({"rewrite_prompt": ["Make it rhyme", "Turn the text into a legal contract"]})
+    monkeypatch.setattr("promptrec.methods.shipped_prompts", lambda: shipped)
+    assert shipped_wordings_of(["make it rhyme."]) == ["Make it rhyme"]
+    train = shipped_triples(["train"]).head(1)
+    task = Task(get_profile("local"), train, train, tmp_path, avoid=frozenset(["Make it rhyme"]))
+    assert task.bank == sorted(["Turn the text into a legal contract", *train["rewrite_prompt"]])
 
 
 class Saying:

@@ -115,6 +115,14 @@ def test_pairs_are_best_against_worst_and_ties_are_dropped():
         preferences.ranked_pairs(rows, answers, earned, least_gap=2.0)
 
 
+def test_an_answer_that_was_cut_off_is_never_the_better_one(tuned, train, word_scorer, monkeypatch):
+    rows, settings = rewards.asked(train, "gemma", override(QUICK, rows=1)), override(QUICK, samples=2, new_tokens=6)
+    truth = rows["rewrite_prompt"].iloc[0]
+    monkeypatch.setattr(preferences, "generate", lambda *_, **__: [f"{truth} and so on and on and on", truth[:6]])
+    pairs = preferences.own_pairs(*tuned, rows, rewards.ScsReward(word_scorer), "gemma", settings)
+    assert pairs["rejected"].tolist() == [f"{truth} and so on and on and on"]
+
+
 def test_another_models_guess_is_rejected_for_the_truth(train, minilm, monkeypatch, tmp_path):
     monkeypatch.setenv("PROMPTREC_CACHE", str(tmp_path))
     settings = override(QUICK, least_gap=0.01)
@@ -138,6 +146,12 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer(tuned, train, word_scorer):
     assert by_step[1]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # policy and reference are one
     assert by_step[8]["accuracy"] == 1 and by_step[8]["margin"] > 0.5 and by_step[8]["loss"] < 0.5
     assert [step for step in by_step if "mean" in by_step[step]] == [0, 4, 8]
+
+
+def test_dpo_says_when_a_step_cannot_be_shared_out(tuned):
+    settings = override(QUICK, rows_a_step=3, at_once=2)
+    with pytest.raises(InputError, match="at_once=2 does not divide 3"):
+        preferences.dpo(*tuned, pd.DataFrame(), None, settings)
 
 
 # ------------------------------------------------------------------------------------------------ as methods

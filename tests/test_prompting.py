@@ -198,6 +198,14 @@ def test_each_row_gets_its_own_choice_and_the_log_keeps_it(tiny, asked, tmp_path
     assert recoverer.recover(asked) == answers and len(seen) == 3  # found in the log, not asked again
 
 
+def test_blank_answers_are_not_chosen_from(tiny, asked, monkeypatch):
+    said = [["", "Make it rhyme", "  "], ["", "", ""], ["Turn it", "**", "Use verse"]]
+    batch = lambda *_: (said, np.array([[-0.1, -9.0, -0.1]] * 3))  # noqa: E731
+    monkeypatch.setattr("promptrec.prompting.answer_in_ways", batch)
+    recoverer = SeveralAnswers(*tiny, "several", ways=[Way()] * 3, choose=most_likely)
+    assert sorted(recoverer.recover(asked)) == sorted(["Make it rhyme", FALLBACK, "Turn it"])
+
+
 def test_a_time_limit_leaves_the_fallback(tiny, asked):
     limited = SeveralAnswers(*tiny, "late", settings=GenerationSettings(2), stop_after=-1.0)
     assert limited.recover(asked) == [FALLBACK] * 3

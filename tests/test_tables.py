@@ -48,6 +48,11 @@ def test_integer_ids_become_strings(tmp_path):
     assert read_table(write_table(pd.DataFrame({"id": [1, 2]}), tmp_path / "t.parquet"))["id"].tolist() == ["1", "2"]
 
 
+def test_a_lone_carriage_return_stays_in_its_cell(tmp_path):
+    rows = pd.DataFrame({"id": ["1", "2"], "text": ["a\rb", "c"]})
+    assert read_table(write_table(rows, tmp_path / "t.csv")).to_dict("list") == rows.to_dict("list")
+
+
 def test_leading_zeros_of_an_id_survive_csv(tmp_path):
     (tmp_path / "t.csv").write_text("id,text\n0012,a\n")
     assert read_table(tmp_path / "t.csv")["id"].tolist() == ["0012"]

@@ -65,6 +65,10 @@ def test_a_method_that_is_not_random_has_one_seed(tmp_path):
     assert trials.trial_of(tmp_path, "embedding", 2).seed == 2
 
 
+def test_trials_share_no_accelerator():
+    assert trials._jobs(get_profile("local")) >= 1 == trials._jobs(get_profile("gpu"))
+
+
 def test_the_results_name_every_method_and_source(compared):
     table, folder = compared
     assert set(zip(table["source"], table["method"], strict=True)) == {
