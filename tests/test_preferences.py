@@ -118,7 +118,9 @@ def test_pairs_are_best_against_worst_and_ties_are_dropped():
 def test_an_answer_that_was_cut_off_is_never_the_better_one(tuned, train, word_scorer, monkeypatch):
     rows, settings = rewards.asked(train, "gemma", override(QUICK, rows=1)), override(QUICK, samples=2, new_tokens=6)
     truth = rows["rewrite_prompt"].iloc[0]
-    monkeypatch.setattr(preferences, "generate", lambda *_, **__: [f"{truth} and so on and on and on", truth[:6]])
+    monkeypatch.setattr(
+        preferences, "generate", lambda *_, **__: [f"{truth} and so on and on and on", " ".join(truth.split()[:2])]
+    )
     pairs = preferences.own_pairs(*tuned, rows, rewards.ScsReward(word_scorer), "gemma", settings)
     assert pairs["rejected"].tolist() == [f"{truth} and so on and on and on"]
 
