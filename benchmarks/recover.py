@@ -102,7 +102,7 @@ def blended(trial: Trial, recoverer: EmbeddingRecoverer, string: np.ndarray) -> 
     """With another model's answers as evidence and as candidates, against both alone."""
     rows = trial.rows.assign(prediction=trial.answers)
     posterior = recoverer.posterior(rows)
-    both = trial.scores(trial.scorer.encode(recoverer.decode(posterior, trial.answers)))
+    both = trial.scores(trial.scorer.encode(recoverer.decode(posterior, [[answer] for answer in trial.answers])))
     theirs = trial.scores(trial.scorer.encode(trial.answers))
     return {
         "predictions": trial.told(theirs),

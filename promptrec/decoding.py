@@ -34,9 +34,16 @@ class DecodingSettings:
 
 
 def join_prompts(
-    posterior: Posterior, bank: Sequence[str], vectors: np.ndarray, scorer: Scorer, settings: DecodingSettings
+    posterior: Posterior,
+    bank: Sequence[str],
+    vectors: np.ndarray,
+    scorer: Scorer,
+    settings: DecodingSettings,
+    answers: Sequence[Sequence[str]] = (),
 ) -> tuple[list[str], np.ndarray]:
     """Texts of a bank joined for the highest expected SCS of each row: texts and their unit embeddings [n, d].
+
+    `answers` are each row's own: other methods' answers to it, tried for this row and for no other.
 
     Greedy. The encoder pools by mean, so a text that points along what is missing is worth trying; what counts is the
     embedding of the joined text itself, and a join that is not expected to score more is not made, nor one over
@@ -45,22 +52,33 @@ def join_prompts(
     short = [scorer.count_tokens(text) <= settings.max_tokens for text in bank]
     if any(short):
         bank, vectors = [text for text, fits in zip(bank, short, strict=True) if fits], vectors[short]
+    fits = lambda text: scorer.count_tokens(text) <= settings.max_tokens  # noqa: E731
+    own = [[one for one in dict.fromkeys(row) if fits(one)] for row in answers] or [[] for _ in posterior.weights]
     best = choose(posterior, vectors)
     texts, reached = [bank[index] for index in best], vectors[best].copy()
-    growing, fits = list(range(len(texts))), lambda text: scorer.count_tokens(text) <= settings.max_tokens
+    _take_better(posterior, texts, reached, dict(enumerate(own)), scorer)
+    growing = list(range(len(texts)))
     for _ in range(settings.joined - 1):
         near = _worth_trying(posterior.of(growing), reached[growing], vectors, settings.tried)
         joins = {
-            row: [one for index in tried if fits(one := f"{texts[row]} {bank[index]}")]
+            row: [one for more in (*(bank[index] for index in tried), *own[row]) if fits(one := f"{texts[row]} {more}")]
             for row, tried in zip(growing, near, strict=True)
         }
-        tops, growing = _best_joins(posterior, joins, scorer), []
-        for (row, text), vector in zip(tops.items(), scorer.encode(list(tops.values())), strict=True):
-            before, after = posterior.value(row, np.stack([reached[row], vector]))
-            if after > before:
-                texts[row], reached[row] = text, vector
-                growing.append(row)
+        growing = _take_better(posterior, texts, reached, joins, scorer)
     return texts, reached
+
+
+def _take_better(
+    posterior: Posterior, texts: list[str], reached: np.ndarray, options: dict[int, list[str]], scorer: Scorer
+) -> list[int]:
+    """Put the best of each row's options where it is expected to score more than the row's text; the rows it did for."""
+    tops, better = _best(posterior, options, scorer), []
+    for (row, text), vector in zip(tops.items(), scorer.encode(list(tops.values())), strict=True):
+        before, after = posterior.value(row, np.stack([reached[row], vector]))
+        if after > before:
+            texts[row], reached[row] = text, vector
+            better.append(row)
+    return better
 
 
 def _worth_trying(posterior: Posterior, reached: np.ndarray, vectors: np.ndarray, count: int) -> np.ndarray:
@@ -70,17 +88,15 @@ def _worth_trying(posterior: Posterior, reached: np.ndarray, vectors: np.ndarray
     return np.argpartition(-missing @ vectors.T, min(count, len(vectors) - 1), axis=1)[:, :count]
 
 
-def _best_joins(posterior: Posterior, joins: dict[int, list[str]], scorer: Scorer) -> dict[int, str]:
+def _best(posterior: Posterior, options: dict[int, list[str]], scorer: Scorer) -> dict[int, str]:
     """The best of each row's texts, by vectors that are good enough to rank by."""
-    encoder, distinct = encoder_of(scorer), sorted({text for options in joins.values() for text in options})
+    encoder, distinct = encoder_of(scorer), sorted({text for texts in options.values() for text in texts})
     vectors = encoder.encode(distinct, exact=False) if encoder else scorer.encode(distinct)
     known = dict(zip(distinct, vectors, strict=True))
     values = {
-        row: posterior.value(row, np.stack([known[one] for one in options]))
-        for row, options in joins.items()
-        if options
+        row: posterior.value(row, np.stack([known[text] for text in texts])) for row, texts in options.items() if texts
     }
-    return {row: joins[row][int(found.argmax())] for row, found in values.items()}
+    return {row: options[row][int(found.argmax())] for row, found in values.items()}
 
 
 def improve(

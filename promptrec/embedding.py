@@ -144,13 +144,12 @@ class EmbeddingRecoverer:
 
     def recover(self, table: pd.DataFrame) -> list[str]:
         """The string found for each row."""
-        return self.decode(self.posterior(table), table.get("prediction", ()))
+        return self.decode(self.posterior(table), [[answer] for answer in table.get("prediction", ())])
 
-    def decode(self, posterior: Posterior, answers: Sequence[str] = ()) -> list[str]:
-        """A string for each row of a posterior: joined from the bank and `answers`, then searched on from."""
+    def decode(self, posterior: Posterior, answers: Sequence[Sequence[str]] = ()) -> list[str]:
+        """A string for each row of a posterior: joined from the bank and the row's own `answers`, then searched on from."""
         started = time.time()
-        bank = [*self.bank, *dict.fromkeys(answers)]
-        texts, _ = join_prompts(posterior, bank, self.scorer.encode(bank), self.scorer, self.decoding)
+        texts, _ = join_prompts(posterior, self.bank, self.vectors, self.scorer, self.decoding, answers)
         texts = improve(posterior, texts, self.bank, self.scorer, self.decoding)
         self.seconds["decode"] = time.time() - started
         return texts

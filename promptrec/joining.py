@@ -265,8 +265,8 @@ class Blend:
         return blend_answers(self.embedding.posterior(table), vectors, list(self.trust.values()))
 
     def recover(self, table: pd.DataFrame) -> list[str]:
-        """A string for each row, joined from the bank and the answers."""
-        return self.embedding.decode(self.posterior(table), candidates_of(table).to_numpy().ravel().tolist())
+        """A string for each row, joined from the bank and its own answers."""
+        return self.embedding.decode(self.posterior(table), candidates_of(table).to_numpy().tolist())
 
 
 def blend_answers(posterior: Posterior, answers: np.ndarray, trusts: Sequence[float]) -> Posterior:

@@ -40,6 +40,19 @@ def test_joining_finds_the_two_prompts_that_a_vector_is_made_of(word_scorer):
     assert sorted(text.split()) == sorted(f"{bank[0]} {bank[3]}".split())
 
 
+def test_a_row_s_own_answer_is_tried_for_it_and_for_no_other(word_scorer):
+    answers = ["Sing it like a shanty", "Sell it like a lawyer", "Whisper it at midnight"]
+    posterior = Posterior(np.eye(3), word_scorer.encode(answers), np.ones(3))
+    vectors, settings = word_scorer.encode(BANK), DecodingSettings(joined=2)
+    texts, reached = join_prompts(posterior, BANK, vectors, word_scorer, settings, [[one] for one in answers])
+    assert texts == answers and posterior.own_values(reached) == pytest.approx(1)
+    turned = [[one] for one in (*answers[1:], answers[0])]
+    texts, _ = join_prompts(posterior, BANK, vectors, word_scorer, settings, turned)
+    assert not any(answer in text for answer, text in zip(answers, texts, strict=True))
+    alone, _ = join_prompts(posterior.of([1]), BANK, vectors, word_scorer, settings, [turned[1]])
+    assert alone == [texts[1]]
+
+
 def test_a_bank_of_one_prompt_is_joined_with_nothing_else(word_scorer):
     posterior = believing(word_scorer, BANK, 3, 0)
     texts, _ = join_prompts(
