@@ -34,7 +34,7 @@ notebooks: setup       ## run the series and commit-ready notebooks/*.ipynb from
 	rm -rf runs/local/adapter-keras
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/run_notebook.py notebooks/2-fine-tune-tpu.py notebooks/beyond/*.py
 
-compare: setup         ## every method on one split, three seeds; about an hour on two cores, resumable
+compare: setup         ## every method on one split, three seeds; under an hour on two cores, resumable
 	test -f runs/local/training_data.csv || PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/promptrec series --part 1-generate-data
 	$(BIN)/promptrec compare runs/local/training_data.csv --out runs/compare
 	$(BIN)/python scripts/draw_comparison.py runs/compare/results.json
