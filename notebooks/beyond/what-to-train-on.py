@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | accelerator | none |
-# | time | about a minute and a half on two CPU cores |
+# | time | about three minutes on two CPU cores |
 # | reads | the shipped triples, the tiny Gemma; `benchmarks/compare.json`, where the clone has it |
 # | writes | `what-to-train-on.csv`: what each small run reached; `many-passes.csv`; their manifests |
 # | prerequisites | {doc}`../2-fine-tune` |
