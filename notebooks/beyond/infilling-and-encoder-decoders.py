@@ -184,6 +184,9 @@ by_likelihood = infilling.recover(test)
 score("infilling, length by likelihood", by_likelihood)
 
 # %% [markdown]
+# After so few steps the likelihood says nearly the same to all rows, and scores less than a length drawn; with the
+# comparison's steps it scores more (see below).
+#
 # Answers as they came. Where a word is said twice, or an article stands alone, one sees that no mask knew what the others
 # would get.
 
