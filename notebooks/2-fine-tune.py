@@ -409,9 +409,11 @@ def answer_loss(  # same as promptrec.lora.answer_loss
     hidden = base.model(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
     ).last_hidden_state
-    logits = base.lm_head(hidden[:, :-1][answered]).float()  # [m, vocabulary]
+    # of a model on two cards, the hidden states lie on the last one and the labels on the first
+    logits = base.lm_head(hidden[:, :-1][answered.to(hidden.device)]).float()  # [m, vocabulary]
     total = F.cross_entropy(logits, labels[answered].to(logits.device), reduction="sum")
-    return total / (count if count is not None else answered.sum())
+    count = answered.sum() if count is None else count
+    return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
 
 # %% [markdown]

@@ -244,11 +244,13 @@ print(len(rewrite_table(table, Hasher(), sys.argv[2], batch_size=4)), flush=True
 """
 
 
-def test_killed_at_ten_random_moments_it_ends_with_the_uninterrupted_set(tmp_path):
+def test_killed_at_random_moments_it_ends_with_the_uninterrupted_set(tmp_path):
     table, log = make_table(1500), tmp_path / "log.jsonl"
     command = [sys.executable, "-c", WORKER, write_table(table, tmp_path / "in.csv"), log]
     moments, sizes = random.Random(0), [0]
-    for _ in range(10):
+    while (
+        len(sizes) <= 10 or len(set(sizes)) <= 5
+    ):  # ten kills, and more on a machine that gets little done between them
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert worker.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
@@ -259,7 +261,8 @@ def test_killed_at_ten_random_moments_it_ends_with_the_uninterrupted_set(tmp_pat
         ids = [row["id"] for row in read_jsonl(log, tolerate_torn_tail=True)] if log.exists() else []
         assert len(ids) == len(set(ids)) >= sizes[-1]  # nothing doubled, nothing of an earlier run lost
         sizes.append(len(ids))
-    assert len(set(sizes)) > 5 and sizes[-1] < len(table)  # the kills hit while work was going on
+        assert len(sizes) < 60
+    assert sizes[-1] < len(table)  # the kills hit while work was going on
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
     assert finished.stdout.split() == ["ready", "1500"]
     rows = read_jsonl(log)
