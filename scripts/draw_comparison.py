@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "compare.json"
 TABLES = ROOT / "docs" / "comparison-tables.md"
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "promptrec"}
-HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s: fit, answer", "MiB")
+HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s: fit, answer; MiB")
 
 
 def figure_name(source: str) -> str:
@@ -38,8 +38,7 @@ def markdown(table: pd.DataFrame) -> str:
             f"{row.dealt:.3f}",
             f"{row.distinct:.0%}, {row.words:.0f}",
             f"{row.seeds} ({row.spread:.3f})" if row.seeds > 1 else f"{row.seeds}",
-            f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}",
-            f"{row.memory_mib:.0f}",
+            f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}; {row.memory_mib:.0f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
