@@ -259,8 +259,10 @@ def canonical_columns(table: pd.DataFrame, where: str) -> pd.DataFrame:
     return renamed
 
 
-def load_triples(path: str | Path, source: str | None = None) -> pd.DataFrame:
+def load_triples(path: str | Path, source: str | None = None, keep: Sequence[str] = ()) -> pd.DataFrame:
     """Someone's triples from CSV, JSONL or Parquet: id, the three texts, source (the file's own, else its name).
+
+    Columns of `keep` that the file has stay, too.
 
     Raises InputError naming the row for a blank cell or a text that cannot be one (over 50,000 characters).
     """
@@ -272,7 +274,7 @@ def load_triples(path: str | Path, source: str | None = None) -> pd.DataFrame:
         check_cells(table, (), str(path))
     if "source" not in table or source is not None:
         table["source"] = source or Path(path).stem
-    return table[["id", *TEXT_COLUMNS, "source"]].astype({"id": str})
+    return table[["id", *TEXT_COLUMNS, "source", *(name for name in keep if name in table)]].astype({"id": str})
 
 
 def check_cells(table: pd.DataFrame, columns: Iterable[str], where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -49,10 +50,10 @@ def join_prompts(
     embedding of the joined text itself, and a join that is not expected to score more is not made, nor one over
     `max_tokens`.
     """
-    short = [scorer.count_tokens(text) <= settings.max_tokens for text in bank]
-    if any(short):
-        bank, vectors = [text for text, fits in zip(bank, short, strict=True) if fits], vectors[short]
     fits = lambda text: scorer.count_tokens(text) <= settings.max_tokens  # noqa: E731
+    short = [fits(text) for text in bank]
+    if any(short):
+        bank, vectors = list(compress(bank, short)), vectors[short]
     own = [[one for one in dict.fromkeys(row) if fits(one)] for row in answers] or [[] for _ in posterior.weights]
     best = choose(posterior, vectors)
     texts, reached = [bank[index] for index in best], vectors[best].copy()

@@ -5,7 +5,7 @@ Knows finished trials only, as trials.py writes them: {"method", "seed", "answer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -61,14 +61,19 @@ CLAIMS = (
 )
 
 
-def row_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
-    """SCS of every method on every test row, averaged over its seeds: source, method, id, prompt_cluster, scs."""
+def seed_scores(rows: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
+    """SCS of every trial on every test row: source, method, seed, id, prompt_cluster, scs."""
     if not finished:
         raise InputError("no trial has finished; the .failed files beside the trials say why")
     test = rows.loc[rows["split"] == "test", ["id", "source", "prompt_cluster"]].replace({"source": SPOKEN})
     answers = [pd.DataFrame(one["answers"]).assign(method=one["method"], seed=one["seed"]) for one in finished]
-    keys = ["source", "method", "id", "prompt_cluster"]
-    return test.merge(pd.concat(answers), on="id").groupby(keys, as_index=False)["scs"].mean()
+    scores = test.merge(pd.concat(answers), on="id")
+    return scores[["source", "method", "seed", "id", "prompt_cluster", "scs"]]
+
+
+def row_scores(by_seed: pd.DataFrame) -> pd.DataFrame:
+    """SCS of every method on every test row, averaged over its seeds: source, method, id, prompt_cluster, scs."""
+    return by_seed.groupby(["source", "method", "id", "prompt_cluster"], as_index=False)["scs"].mean()
 
 
 def results(scores: pd.DataFrame, finished: Sequence[dict]) -> pd.DataFrame:
@@ -144,34 +149,26 @@ def contrasts(scores: pd.DataFrame, claims: Sequence[Claim] = CLAIMS) -> list[di
     return told
 
 
-def headroom(rows: pd.DataFrame, finished: Sequence[dict], ensemble: str = "blend") -> list[dict]:
+def headroom(by_seed: pd.DataFrame, ensemble: str = "blend") -> list[dict]:
     """For each source, what choosing among an ensemble's parts could reach at most: the best part on every single row.
 
-    The best is taken within a seed, then seeds are averaged. Beside this oracle, the mean SCS of the best part and of
-    the ensemble.
+    `by_seed` as seed_scores gives it: the best is taken within a seed, then seeds are averaged; a method without seeds
+    counts in each. Beside this oracle, the mean SCS of the best part and of the ensemble.
     """
-    parts, by_seed = METHODS[ensemble].needs, {}
-    for one in finished:
-        by_seed.setdefault(one["seed"], {})[one["method"]] = one
-    seeds = [by_seed[0] | each for each in by_seed.values() if {ensemble, *parts} <= set(by_seed[0] | each)]
-    told = []
-    for scores in _together(row_scores(rows, list(each.values())) for each in seeds):
-        wide = scores.pivot(index=["id", "prompt_cluster", "seed"], columns="method", values="scs")
-        oracle = wide[list(parts)].max(axis=1).groupby(["id", "prompt_cluster"]).mean()
-        mean, low, high = interval(oracle.to_numpy(), oracle.index.get_level_values("prompt_cluster"))
-        best = wide[list(parts)].mean().idxmax()
-        told.append(
-            {"source": scores["source"].iloc[0], "ensemble": ensemble, "parts": list(parts), "best_part": best}
-            | {"best_part_mean": wide[best].mean(), "ensemble_mean": wide[ensemble].mean()}
-            | {"oracle": mean, "low": low, "high": high}
-        )
+    told, parts = [], list(METHODS[ensemble].needs)
+    for source, part in by_seed[by_seed["method"].isin([ensemble, *parts])].groupby("source"):
+        wide = part.pivot(index=["id", "prompt_cluster", "seed"], columns="method", values="scs")
+        if {ensemble, *parts} <= set(wide):
+            wide = wide.fillna(wide.groupby("id").transform("first"))
+            oracle = wide[parts].max(axis=1).groupby(["id", "prompt_cluster"]).mean()
+            mean, low, high = interval(oracle.to_numpy(), oracle.index.get_level_values("prompt_cluster"))
+            best = wide[parts].mean().idxmax()
+            told.append(
+                {"source": source, "ensemble": ensemble, "parts": parts, "best_part": best}
+                | {"best_part_mean": wide[best].mean(), "ensemble_mean": wide[ensemble].mean()}
+                | {"oracle": mean, "low": low, "high": high}
+            )
     return told
-
-
-def _together(scores: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
-    """Tables of scores, one a seed, as one table for each source with a column `seed`."""
-    tables = [table.assign(seed=number) for number, table in enumerate(scores)]
-    return [part for _, part in pd.concat(tables).groupby("source")] if tables else []
 
 
 def comparison_rows(methods: Sequence[str] = (), path: str | Path | None = None) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from promptrec.inference import held_out_scs
 from promptrec.profiles import Profile, model_name, override, preset
 from promptrec.scoring import Scorer, profile_scorer
 from promptrec.splits import check_split, clusters_of, split_components
-from promptrec.tables import read_table, write_manifest
+from promptrec.tables import write_manifest
 
 
 def settings_for(profile: Profile, **changes: object) -> object:
@@ -79,12 +79,11 @@ def finetune_file(
 
 def split_triples(path: str | Path) -> pd.DataFrame:
     """The triples of a file with prompt_cluster and split, the file's own or, where it has none, made here."""
-    raw, table = read_table(path), load_triples(path)
-    table = table if "split" in raw else clean(table)[0]
+    table = load_triples(path, keep=["prompt_cluster", "split"])
+    split = "split" in table
+    table = table if split else clean(table)[0]
     if table.empty:
         raise InputError(f"{path}: no row survives cleaning (blank, refused, unchanged or extreme texts)")
-    known = {"split", "prompt_cluster"} <= set(raw.columns)
-    table["prompt_cluster"] = raw["prompt_cluster"] if known else clusters_of(table["rewrite_prompt"])
-    return (
-        check_split(table.assign(split=raw["split"])) if "split" in raw else table.assign(split=split_components(table))
-    )
+    if not (split and "prompt_cluster" in table):
+        table["prompt_cluster"] = clusters_of(table["rewrite_prompt"])
+    return check_split(table) if split else table.assign(split=split_components(table))

@@ -24,7 +24,6 @@ from promptrec.profiles import Profile
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import Scorer, get_scorer, profile_scorer
 from promptrec.splits import SAME_PROMPT, clusters_of
-from promptrec.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ def training_triples(more: Sequence[str | Path] = ()) -> pd.DataFrame:
 
 def _own_training_rows(path: str | Path) -> pd.DataFrame:
     """A file's triples; where it has a split, those to train on."""
-    raw, table = read_table(path), load_triples(path)
-    return table[(raw["split"] == "train").to_numpy()] if "split" in raw else table
+    table = load_triples(path, keep=["split"])
+    return table[table["split"] == "train"].drop(columns="split") if "split" in table else table
 
 
 def shipped_wordings_of(prompts: Iterable[str]) -> list[str]:

@@ -144,6 +144,7 @@ def ppo(
     `reward(rollout, batch)` scores the answers [n]; the `samples` answers to one request follow each other.
     """
     optimizer, history = torch.optim.AdamW(policy.groups(), weight_decay=0.0), []
+    scaler = torch.amp.GradScaler("cuda", enabled=torch.cuda.is_available() and compute_dtype() == torch.float16)
     for step, batch in enumerate(batches, start=1):
         with torch.no_grad():
             rollout = policy.sample(batch)
@@ -156,7 +157,7 @@ def ppo(
         scores = less_row_mean(scores, settings.samples) if settings.row_mean else scores
         earned = token_rewards(scores, straying, rollout.mask, settings.beta)
         gains = advantages(earned, values, rollout.mask, settings.discount, settings.smoothing)
-        improve(policy, optimizer, rollout, old, gains, gains + values, settings)
+        improve(policy, optimizer, scaler, rollout, old, gains, gains + values, settings)
     return history
 
 
@@ -168,14 +169,13 @@ def in_parts(measure: Callable, rollout: Rollout, at_once: int) -> list[Tensor]:
 
 
 def improve(
-    policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout, old: Tensor, gains: Tensor, returns: Tensor,
-    settings: PPOSettings,
+    policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, rollout: Rollout, old: Tensor,
+    gains: Tensor, returns: Tensor, settings: PPOSettings,
 ) -> None:  # fmt: skip
     """`epochs` optimiser steps on one rollout; gradients of its parts add up, each by its share of the tokens."""
     mean = masked_mean(gains, rollout.mask)
     spread = masked_mean((gains - mean) ** 2, rollout.mask).sqrt()
     gains = (gains - mean) / (spread + 1e-8)
-    scaler = torch.amp.GradScaler("cuda", enabled=torch.cuda.is_available() and compute_dtype() == torch.float16)
     for _ in range(settings.epochs):
         optimizer.zero_grad()
         for rows in torch.arange(len(old)).split(settings.at_once):

@@ -179,7 +179,7 @@ class PromptPredictor:
     def _train(self, flat, directions, prompts, importance, fold):
         import torch
 
-        settings, rows = self.settings, len(flat)
+        settings, rows, fast = self.settings, len(flat), native_bfloat16()
         torch.manual_seed(settings.seed * 100 + fold)
         head, bank = _head(*self.shape, settings), torch.from_numpy(self.bank)
         flat, directions, prompts = map(torch.from_numpy, (flat, directions, prompts))
@@ -196,9 +196,7 @@ class PromptPredictor:
             batch = order[step % (rows // size) * size :][:size]
             share, alike = importance[batch] / importance[batch].sum(), prompts[batch] @ bank.T
             hidden = alike >= SAME_PROMPT
-            with torch.autocast(
-                "cpu", torch.bfloat16, enabled=native_bfloat16()
-            ):  # 2.2 times as fast, scores as before
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # 2.2 times as fast, scores as before
                 weights = head(flat[batch], directions[batch], bank, hidden).float()
             found = torch.nn.functional.normalize(weights @ bank, dim=-1)
             wanted = (settings.likeness_sharpness * alike).masked_fill(hidden, -1e4).softmax(-1)

@@ -223,9 +223,8 @@ class Watch(TrainerCallback):
 
     def note(self, step: int) -> None:
         if len(self.rows):
-            with disable_gradient_checkpointing(
-                self.recoverer.model.get_base_model(), CHECKPOINTS
-            ):  # it drops the cache
+            base = self.recoverer.model.get_base_model()
+            with disable_gradient_checkpointing(base, CHECKPOINTS):  # with it, generation has no cache
                 answers = self.recoverer.recover(self.rows)
             rewards = self.reward(answers, self.rows["rewrite_prompt"])
             self.points[step] = curve_point(step, rewards, self.rows["rewrite_prompt"])

@@ -198,9 +198,8 @@ class SeveralAnswers(LanguageModelRecoverer):
                 )
             for row, said, nats in zip(rows, answers, likelihood, strict=True):
                 texts = [normalise(text, fallback="") for text in said]
-                if good := [
-                    place for place, text in enumerate(texts) if text
-                ]:  # blank ones would agree with each other
+                good = [place for place, text in enumerate(texts) if text]  # blank ones would agree with each other
+                if good:
                     chosen[row] = self.choose([texts[place] for place in good], np.asarray(nats)[good])
             keep(rows, [chosen[row] for row in rows])
         return chosen

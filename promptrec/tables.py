@@ -137,14 +137,17 @@ def _cut_torn_tail(file) -> None:
     file.seek(0, os.SEEK_END)
 
 
+def _quoting(table: pd.DataFrame) -> int:
+    """How CSV cells are quoted: all texts where one holds a carriage return, which ends a line in an unquoted cell."""
+    returns = any(table[name].astype(str).str.contains("\r", regex=False).any() for name in table)
+    return csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+
+
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     """Write CSV, JSONL or Parquet by its ending, atomically: a reader sees the old file or the new one."""
     path = Path(path)
-    # a lone carriage return ends a line for those who read an unquoted cell
-    returns = any(table[name].astype(str).str.contains("\r", regex=False).any() for name in table)
-    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     writers = {
-        ".csv": lambda target: table.to_csv(target, index=False, quoting=quoting),
+        ".csv": lambda target: table.to_csv(target, index=False, quoting=_quoting(table)),
         ".jsonl": lambda target: table.to_json(target, orient="records", lines=True, force_ascii=False),
         ".parquet": lambda target: table.to_parquet(target, index=False),
     }

@@ -24,7 +24,7 @@ import pandas as pd
 
 from promptrec.data import TEXT_COLUMNS
 from promptrec.errors import InputError
-from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores, sayings
+from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores, sayings, seed_scores
 from promptrec.finetuning import split_triples
 from promptrec.inference import answer_column
 from promptrec.methods import METHODS, Task, check_method, methods_of, shipped_wordings_of
@@ -287,7 +287,8 @@ def write_results(
 ) -> pd.DataFrame:
     """<folder>/results.json from the finished trials: the table, claims, learning curves, and what is missing."""
     finished = [trial.result() for trial in trials if trial.path.is_file()]
-    scores, scorer = row_scores(rows, finished), profile_scorer(profile)
+    by_seed, scorer = seed_scores(rows, finished), profile_scorer(profile)
+    scores = row_scores(by_seed)
     table = results(scores, finished).merge(sayings(rows, finished, scorer), on=["source", "method"])
     about = {
         "scorer": scorer.name,
@@ -298,6 +299,6 @@ def write_results(
         "missing": [f"{trial.method}, seed {trial.seed}" for trial in trials if not trial.path.is_file()],
     }
     curves = {f"{one['method']}, seed {one['seed']}": one["history"] for one in finished if one["history"]}
-    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "headroom": headroom(rows, finished)}
+    found = {"rows": table.to_dict("records"), "claims": contrasts(scores), "headroom": headroom(by_seed)}
     write_json(about | found | {"histories": curves}, folder / "results.json")
     return table

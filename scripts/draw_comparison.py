@@ -7,6 +7,7 @@ and a figure for each source of test rows. Without an argument it redraws from b
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -27,48 +28,66 @@ def figure_name(source: str) -> str:
     return "comparison-" + "".join(letter if letter.isalnum() else "-" for letter in source).strip("-") + ".svg"
 
 
+def grid(header: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; `align` has l or r for each column."""
+    line = lambda cells: "| " + " | ".join(cells) + " |"  # noqa: E731
+    ruler = "|" + "".join({"l": "---|", "r": "---:|"}[side] for side in align)
+    return "\n".join([line(header), ruler, *map(line, rows)])
+
+
+def spoken(mean: float, low: float, high: float, sign: str = "") -> str:
+    """A figure with its interval."""
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
 def markdown(table: pd.DataFrame) -> str:
     """One source's rows as a Markdown table, best first."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
-    for row in table.itertuples(index=False):
-        cells = (
+    rows = [
+        (
             row.method,
-            f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]",
-            f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]",
+            spoken(row.mean, row.low, row.high),
+            spoken(row.difference, row.difference_low, row.difference_high, "+"),
             f"{row.dealt:.3f}",
             f"{row.distinct:.0%}, {row.words:.0f}",
             f"{row.seeds} ({row.spread:.3f})" if row.seeds > 1 else f"{row.seeds}",
             f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}; {row.memory_mib:.0f}",
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in table.itertuples(index=False)
+    ]
+    return grid(HEADER, "lrrrrrr", rows)
 
 
 def claims(results: dict) -> str:
     """What was reported elsewhere, with the paired difference found here."""
-    lines = ["| claim | who | rows | mean SCS of the two | difference | verdict |", "|---|---|---|---:|---:|---|"]
-    for one in results["claims"]:
-        difference = f"{one['difference']:+.3f} [{one['low']:+.3f}, {one['high']:+.3f}]"
-        means = f"{one['better_mean']:.3f}, {one['worse_mean']:.3f}"
-        cells = one["text"], one["source_of_claim"], one["source"], means, difference, one["verdict"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [
+        (
+            one["text"],
+            one["source_of_claim"],
+            one["source"],
+            f"{one['better_mean']:.3f}, {one['worse_mean']:.3f}",
+            spoken(one["difference"], one["low"], one["high"], "+"),
+            one["verdict"],
+        )
+        for one in results["claims"]
+    ]
+    return grid(("claim", "who", "rows", "mean SCS of the two", "difference", "verdict"), "lllrrl", rows)
 
 
 def headroom(results: dict) -> str:
     """What an ensemble could reach at most, by an oracle."""
-    lines = [
-        "| rows | ensemble | its parts | best part | the ensemble | the best part of each row, by an oracle |",
-        "|---|---|---|---:|---:|---:|",
-    ]
-    for one in results["headroom"]:
-        best, oracle = (
+    rows = [
+        (
+            one["source"],
+            one["ensemble"],
+            ", ".join(one["parts"]),
             f"{one['best_part']} {one['best_part_mean']:.3f}",
-            f"{one['oracle']:.3f} [{one['low']:.3f}, {one['high']:.3f}]",
+            f"{one['ensemble_mean']:.3f}",
+            spoken(one["oracle"], one["low"], one["high"]),
         )
-        cells = one["source"], one["ensemble"], ", ".join(one["parts"]), best, f"{one['ensemble_mean']:.3f}", oracle
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for one in results["headroom"]
+    ]
+    header = ("rows", "ensemble", "its parts", "best part", "the ensemble", "the best part of each row, by an oracle")
+    return grid(header, "lllrrr", rows)
 
 
 def tables(results: dict) -> str:

@@ -121,3 +121,26 @@ def random_adapter(tmp_path_factory):
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def adapter(random_adapter):
+    """An adapter that does something, but little."""
+    return random_adapter(alpha=2, std=0.02)
+
+
+@pytest.fixture
+def tuned(adapter):
+    """(model, tokenizer): the tiny Gemma with that adapter, to be trained on."""
+    from promptrec.language_model import TINY_GEMMA
+    from promptrec.rewards import TuningSettings, tunable
+
+    return tunable(TINY_GEMMA, adapter, TuningSettings())
+
+
+@pytest.fixture(scope="session")
+def train():
+    """Twenty shipped training triples of different prompts."""
+    from promptrec.data import shipped_triples
+
+    return shipped_triples(["train"]).drop_duplicates("rewrite_prompt").head(20)

@@ -19,13 +19,14 @@ from promptrec.findings import (
     results,
     row_scores,
     sayings,
+    seed_scores,
 )
 from promptrec.methods import METHODS
 from promptrec.tables import read_json, write_json
 
 
 def results_of(rows: pd.DataFrame, finished: list[dict]) -> pd.DataFrame:
-    return results(row_scores(rows, finished), finished)
+    return results(row_scores(seed_scores(rows, finished)), finished)
 
 
 def test_seeds_are_averaged_by_row_before_the_interval():
@@ -122,15 +123,15 @@ def test_an_oracle_chooses_the_best_part_of_every_row_within_a_seed():
     finished = [trial(name, seed, [0.0, 0.0]) for name in parts[2:] for seed in (0, 1)]
     finished += [trial(parts[0], 0, [0.9, 0.5]), trial(parts[0], 1, [0.1, 0.5]), trial(parts[1], 0, [0.1, 0.1])]
     finished += [trial(parts[1], 1, [0.9, 0.1]), trial("blend", 0, [0.2, 0.6]), trial("blend", 1, [0.2, 0.6])]
-    (told,) = headroom(rows, finished)
+    (told,) = headroom(seed_scores(rows, finished))
     assert told["oracle"] == pytest.approx(0.7) and told["ensemble_mean"] == pytest.approx(0.4)
     assert (told["best_part"], told["best_part_mean"]) == (parts[0], pytest.approx(0.5))
-    assert headroom(rows, [one for one in finished if one["method"] != "blend"]) == []
+    assert headroom(seed_scores(rows, [one for one in finished if one["method"] != "blend"])) == []
 
 
 def test_no_finished_trial_is_said():
     with pytest.raises(InputError, match="no trial has finished"):
-        row_scores(pd.DataFrame(), [])
+        seed_scores(pd.DataFrame(), [])
 
 
 def test_every_claim_is_about_methods_that_exist():

@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 
 from promptrec import preferences, rewards
-from promptrec.data import shipped_triples
 from promptrec.errors import InputError
 from promptrec.inference import CURRENT, LanguageModelRecoverer
 from promptrec.language_model import GenerationSettings, load_tokenizer, token_ids
@@ -20,21 +19,6 @@ QUICK = preferences.DPOSettings(
     rows=4, words=8, samples=2, new_tokens=4, steps=2, rows_a_step=2, at_once=4, evaluate_every=1, watched_rows=2,
     fitted_rows=12, least_gap=0.0,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def adapter(random_adapter):
-    return random_adapter(alpha=2, std=0.02)
-
-
-@pytest.fixture(scope="module")
-def train() -> pd.DataFrame:
-    return shipped_triples(["train"]).drop_duplicates("rewrite_prompt").head(20)
-
-
-@pytest.fixture
-def tuned(adapter):
-    return rewards.tunable(BASE, adapter, QUICK)
 
 
 @pytest.fixture

@@ -6,28 +6,12 @@ import pytest
 import torch
 
 from promptrec import rewards
-from promptrec.data import shipped_triples
 from promptrec.errors import InputError
 from promptrec.language_model import TINY_GEMMA, GenerationSettings, generate
 from promptrec.profiles import override
 from promptrec.scoring import Scorer
 
 QUICK = rewards.TuningSettings(rows=4, words=8, new_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def adapter(random_adapter):
-    return random_adapter(alpha=2, std=0.02)
-
-
-@pytest.fixture(scope="module")
-def train() -> pd.DataFrame:
-    return shipped_triples(["train"]).drop_duplicates("rewrite_prompt").head(20)
-
-
-@pytest.fixture
-def tuned(adapter):
-    return rewards.tunable(TINY_GEMMA, adapter, QUICK)
 
 
 class Opposed(Scorer):
