@@ -109,7 +109,7 @@ ALT = {
         Flow chart of recovery without a language model. The original and the rewritten text become
         features; heads, which also see a bank of prompts, turn them into a posterior: a vector and
         weights over the bank. Bank prompts are joined so that the text lands near the vector, a search
-        may go on word by word, and one string, the rewrite_prompt, comes out.
+        goes on word by word, and one string, the rewrite_prompt, comes out.
     """,
 }
 ALT = {name: " ".join(text.split()) for name, text in ALT.items()}
@@ -453,9 +453,9 @@ def recovery() -> Figure:
     _file(axes, 576, 56, 168, 84, "posterior", "a vector, weights over", "the bank, and the SCS", "to be expected")
     _file(axes, 384, 166, 150, 40, "prompt bank", "with embeddings")
     _file(axes, 16, 246, 150, 56, "rewrite_prompt", "one string a row")
-    _step(axes, 206, 238, 150, 72, "search", "word by word, along", "the gradient; optional", colour=GREEN)
-    _step(axes, 396, 238, 150, 72, "join", "up to five prompts, if", "more is expected", colour=GREEN)
-    _step(axes, 586, 238, 158, 72, "choose", "the bank's prompt with", "the best expected SCS", colour=GREEN)
+    _step(axes, 206, 238, 150, 72, "search", "word by word, by what", "tokens add up to", colour=GREEN)
+    _step(axes, 396, 238, 150, 72, "join", "up to five prompts, if", "that comes nearer", colour=GREEN)
+    _step(axes, 586, 238, 158, 72, "choose", "the bank's prompt", "nearest to the vector", colour=GREEN)
     _arrow(axes, (152, 71), (172, 71), (172, 90), (192, 90))
     _arrow(axes, (152, 125), (172, 125), (172, 106), (192, 106))
     for start, end in (((342, 98), (384, 98)), ((534, 98), (576, 98)), ((660, 140), (660, 238))):

@@ -147,10 +147,11 @@ class EmbeddingRecoverer:
         return self.decode(self.posterior(table), [[answer] for answer in table.get("prediction", ())])
 
     def decode(self, posterior: Posterior, answers: Sequence[Sequence[str]] = ()) -> list[str]:
-        """A string for each row of a posterior: joined from the bank and the row's own `answers`, then searched on from."""
+        """A string near each row's vector: joined from the bank and the row's own `answers`, then searched on from."""
         started = time.time()
-        texts, _ = join_prompts(posterior, self.bank, self.vectors, self.scorer, self.decoding, answers)
-        texts = improve(posterior, texts, self.bank, self.scorer, self.decoding)
+        targets = posterior.vectors.astype(np.float32)
+        texts, _ = join_prompts(targets, self.bank, self.vectors, self.scorer, self.decoding, answers)
+        texts = improve(targets, texts, self.bank, self.scorer, self.decoding)
         self.seconds["decode"] = time.time() - started
         return texts
 

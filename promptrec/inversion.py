@@ -206,18 +206,18 @@ class InversionRecoverer:
 
 
 class PolishedRecoverer:
-    """Searches on from another method's answers towards the row's posterior, with few encodings a row."""
+    """Searches on from another method's answers towards the row's predicted vector, with few encodings a row."""
 
     def __init__(self, answers: str, embedding: EmbeddingRecoverer, settings: InversionSettings) -> None:
         self.answers, self.embedding, self.settings = answers, embedding, settings
         self.name = f"{answers}-polished"
 
     def recover(self, table: pd.DataFrame) -> list[str]:
-        """One string for each row; it is expected to score no less than the answer it starts from."""
+        """One string for each row; it comes no less near to the vector than the answer it starts from."""
         column, found = answer_column(self.answers), self.embedding
         require_columns(table, [column], "the table")
         decoding = DecodingSettings(evaluations=self.settings.evaluations, seed=self.settings.seed)
-        return improve(found.posterior(table), table[column].tolist(), found.bank, found.scorer, decoding)
+        return improve(found.posterior(table).vectors, table[column].tolist(), found.bank, found.scorer, decoding)
 
 
 def settings_of(task: Task) -> InversionSettings:

@@ -26,7 +26,6 @@ from sklearn.preprocessing import StandardScaler
 
 from promptrec.choosing import candidates_of, encode_candidates
 from promptrec.data import check_cells
-from promptrec.decoding import frequent_words
 from promptrec.embedding import EmbeddingRecoverer, build_embedding
 from promptrec.errors import InputError
 from promptrec.inference import answer_column, best_constant
@@ -34,7 +33,7 @@ from promptrec.predictor import Posterior, blend
 from promptrec.profiles import override
 from promptrec.scoring import Scorer, scs
 from promptrec.submission import FALLBACK
-from promptrec.text_features import PairFeatures, words
+from promptrec.text_features import PairFeatures, frequent_words, words
 
 if TYPE_CHECKING:
     from promptrec.methods import Task

@@ -14,7 +14,6 @@ from functools import cached_property
 import numpy as np
 
 from promptrec.scoring import scs, unit
-from promptrec.search_space import Objective
 from promptrec.splits import SAME_PROMPT
 from promptrec.text_features import native_bfloat16
 
@@ -74,19 +73,10 @@ class Posterior:
         """Mean SCS of each row's own vector [n, d] under its belief, [n]."""
         return (self.weights * (vectors @ self.bank.T) ** 3).sum(1)
 
-    def slopes(self, vectors: np.ndarray) -> np.ndarray:
-        """Directions [n, d] in which each row's own vector [n, d] gains most mean SCS, unit length."""
-        return unit(((vectors @ self.bank.T) ** 2 * self.weights) @ self.bank)
-
     def expected_scs(self, candidates: np.ndarray) -> np.ndarray:
         """Calibrated expected SCS of candidates [c, d] for every row, [n, c]."""
         own = np.maximum(self.own_values(self.vectors), 1e-9)
         return (self.expected / own)[:, None] * self.values(candidates)
-
-    def objective(self, row: int, targets: int = 1000) -> Objective:
-        """One row's belief as a search's objective: its heaviest targets."""
-        heavy = np.argsort(-self.weights[row], kind="stable")[:targets]
-        return Objective(self.bank[heavy], self.weights[row, heavy])
 
 
 def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:

@@ -5,11 +5,12 @@ Each climbs one row's objective; who answers them, and in which batches, is not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from promptrec.search_moves import edited, ranked_moves, shared_out
+from promptrec.search_moves import edited, ranked_moves, shared_out, summed_moves
 from promptrec.search_space import RISE
 
 if TYPE_CHECKING:
@@ -19,18 +20,39 @@ DROPPED = (0.01, 0.4)  # share of the units that a stuck search drops, from and 
 
 
 def _gradient(row: SearchRow):
-    """Climb along the encoder's gradient; when stuck, drop a few units of the best string and grow again."""
-    units, settings = row.start, row.settings
+    """Climb along the encoder's gradient."""
     tally = {kind: np.array([1.0, 4.0]) for kind in ("insert", "double", "replace", "delete", "swap")}  # rises, tries
+
+    def step(units: list[str]):
+        moves = shared_out(row, units, tally, (yield from ranked_moves(row, units)))
+        better = yield from row.improve(units, list(moves), unite=True)
+        floor = row.known.get(row.units.join(units), -np.inf) + RISE
+        for edits, kind in moves.items():
+            rose = row.known.get(row.units.join(edited(units, edits)), -np.inf) > floor
+            tally[kind] = 0.98 * tally[kind] + [rose, 1]
+        return better
+
+    yield from _climb(row, step)
+
+
+def _surrogate(row: SearchRow):
+    """Climb by what tokens add up to: as many strings rise as by the gradient, and no backward pass is paid."""
+
+    def step(units: list[str]):
+        if units:
+            yield from row.values([row.units.join(units)])
+        return (yield from row.improve(units, summed_moves(row, units), unite=True))
+
+    yield from _climb(row, step)
+
+
+def _climb(row: SearchRow, step: Callable):
+    """Step by step from the start; when stuck, drop a few units of the best string and grow again."""
+    units, settings = row.start, row.settings
     for _ in range(settings.restarts + 1):
         stuck = 0
         while stuck < settings.patience:
-            moves = shared_out(row, units, tally, (yield from ranked_moves(row, units)))
-            better = yield from row.improve(units, list(moves), unite=True)
-            floor = row.known.get(row.units.join(units), -np.inf) + RISE
-            for edits, kind in moves.items():
-                rose = row.known.get(row.units.join(edited(units, edits)), -np.inf) > floor
-                tally[kind] = 0.98 * tally[kind] + [rose, 1]
+            better = yield from step(units)
             stuck = 0 if better != units else stuck + 1
             units = better
         # a small drop finds its way back, a large one leaves the hill
@@ -80,4 +102,11 @@ def _random(row: SearchRow):
         units = yield from row.improve(units, [row.random_edit(units) for _ in range(row.settings.candidates)])
 
 
-METHODS = {"gradient": _gradient, "greedy": _greedy, "beam": _beam, "genetic": _genetic, "random": _random}
+METHODS = {
+    "gradient": _gradient,
+    "surrogate": _surrogate,
+    "greedy": _greedy,
+    "beam": _beam,
+    "genetic": _genetic,
+    "random": _random,
+}

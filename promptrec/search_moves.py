@@ -1,4 +1,4 @@
-"""What a search may try next: edits of a string's units, ranked by the encoder's gradient.
+"""What a search may try next: edits of a string's units, ranked by the encoder's gradient or by what tokens add up to.
 
 Does not decide: see token_search.py.
 """
@@ -117,6 +117,52 @@ def _best(row: SearchRow, pulls: list, old: np.ndarray, base: np.ndarray, places
             often.update([("place", at), ("unit", word)])
             chosen.append(((*places[at], (words.words[word],)),))
     return chosen
+
+
+def summed_moves(row: SearchRow, units: list[str], often: int = 2) -> list[Edits]:
+    """The moves whose sum of token vectors points best along the objective, best first; no pass through the encoder.
+
+    Where the string's vector is known, the estimate starts from it: only what an edit adds and takes away is estimated.
+    Of a place and of a unit at most `often`, as what is estimated alike mostly scores alike.
+    """
+    words, learnt, count = row.units, row.units.learnt, len(units)
+    ids = [words.ids(each) for each in units]
+    held, added = learnt.sums(ids), words.added  # [n, d], [V, d]
+    base = held.sum(0) + learnt.offset
+    known = row.vectors.get(words.join(units))
+    base = base if known is None else known * np.linalg.norm(base)
+    aim = unit(row.objective.slope(unit(base)[None]))[0]
+    without = base - held  # [n, d], each place emptied
+    gains = {
+        "insert": _along(aim, base[None], added),
+        "replace": _along(aim, without, added),
+        "delete": (without @ aim / np.linalg.norm(without, axis=1))[:, None] if count > 1 else np.zeros((0, 1)),
+    }
+    top = 8 * row.settings.candidates
+    ranked = []  # (estimate, kind, place, word)
+    for kind, table in gains.items():
+        flat = table.ravel()
+        best = np.argpartition(-flat, min(top, flat.size - 1))[:top] if flat.size else []
+        ranked += [(flat[index], kind, *divmod(int(index), table.shape[1])) for index in best]
+    chosen, tally = [], Counter()
+    for _, kind, emptied, word in sorted(ranked, key=lambda move: -move[0]):
+        if len(chosen) == row.settings.candidates:
+            break
+        place = int(row.random.integers(count + 1)) if kind == "insert" else emptied  # a sum knows no order
+        new = () if kind == "delete" else (words.words[word],)
+        edits = ((place, place + (kind != "insert"), new),)
+        text = words.join(edited(units, edits))
+        seldom = tally[new] < often or not new
+        if seldom and tally[kind, place] < often and text not in row.known and words.allows(text):
+            tally.update([new, (kind, place)])
+            chosen.append(edits)
+    return chosen
+
+
+def _along(aim: np.ndarray, bases: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """Cosine [n, V] with the aim [d] of each base [n, d] after each addition [V, d]."""
+    squares = (bases**2).sum(1)[:, None] + 2 * bases @ added.T + (added**2).sum(1)
+    return ((bases @ aim)[:, None] + added @ aim) / np.sqrt(np.maximum(squares, 1e-9))
 
 
 def shared_out(

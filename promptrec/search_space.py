@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from promptrec.errors import InputError
 from promptrec.scoring import unit
 from promptrec.search_encoders import MAX_TOKENS, PLACEHOLDER, SearchEncoder
+from promptrec.token_vectors import TokenVectors, token_vectors
 
 RISE = 1e-6  # fp32 embeddings are not exact beyond this
 
@@ -103,6 +104,16 @@ class Units:
         if not self.words:
             raise InputError("search: no word of the vocabulary is left; give other words or ban fewer")
         self.vectors = np.stack([self.mean_embedding(self.ids(unit)) for unit in self.words])  # [V, D]
+
+    @cached_property
+    def learnt(self) -> TokenVectors:
+        """What each token adds to a sentence vector."""
+        return token_vectors(self.encoder)
+
+    @cached_property
+    def added(self) -> np.ndarray:
+        """What each unit adds to a sentence vector, [V, d]."""
+        return self.learnt.sums([self.ids(unit) for unit in self.words])
 
     def mean_embedding(self, ids: Sequence[int]) -> np.ndarray:
         """Mean input embedding [D] of a unit's tokens; that of the placeholder is the mean of all."""

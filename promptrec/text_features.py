@@ -172,6 +172,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+def frequent_words(prompts: Sequence[str], size: int = 3000) -> tuple[str, ...]:
+    """The most frequent words of the prompts, letters left out: what a readable string is made of."""
+    said = (word.strip("'") for prompt in prompts for word in words(prompt))
+    return tuple(word for word, _ in Counter(word for word in said if len(word) > 1).most_common(size))
+
+
 def came_words(before: Sequence[str], after: Sequence[str], rarity: Counter, total: int) -> list[str]:
     """For each pair, the words of `after` that are not in `before`: the rarest 40, in their order, as one string."""
     found = []

@@ -5,7 +5,9 @@ with a row's posterior over a prompt bank it is that row's decode; with weighted
 
 Gradient search ranks every replacement and insertion by one backward pass through the encoder (HotFlip, Ebrahimi et al.
 2018; GCG, Zou et al. 2023), encodes the best candidate *strings* exactly, and accepts one only if the objective rises.
-Baselines run behind the same interface. Many rows advance in lockstep, so that they share batches and nothing else.
+Surrogate search ranks them by vectors learnt for each token (token_vectors.py) and needs no backward pass: better where a
+row can have a hundred evaluations, not thousands. Baselines run behind the same interface. Many rows advance in lockstep,
+so that they share batches and nothing else.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ LEVELS = ("word", "token")
 class SearchSettings:
     """How to search. The budget counts exact encodings of distinct strings."""
 
-    method: str = "gradient"  # or greedy, beam, genetic, random
+    method: str = "gradient"  # or surrogate, greedy, beam, genetic, random
     level: str = "word"  # "word" stays readable; "token" may use any piece of the vocabulary
     max_tokens: int = MAX_TOKENS  # of the result, special tokens included
     evaluations: int = 16000

@@ -19,6 +19,7 @@ from promptrec.text_features import (
     cache_folder,
     came_words,
     digest,
+    frequent_words,
     read_arrays,
     save_arrays,
     style_counts,
@@ -210,3 +211,7 @@ def test_pairs_that_say_the_same_are_no_trouble(text_encoder, triples):
     same = triples.head(4).assign(rewritten_text=triples["original_text"].head(4))
     flat, directions = PairFeatures(text_encoder).fit(same)(same)
     assert np.isfinite(flat).all() and (directions[:, 2] == 0).all()
+
+
+def test_frequent_words_come_first_and_letters_do_not_count():
+    assert frequent_words(["Make a poem", "make a song", "Make it rhyme a b"], 2) == ("make", "poem")

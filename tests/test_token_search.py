@@ -259,7 +259,7 @@ def test_search_works_for_sentence_t5(t5):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method 'magic' is unknown; choose one of gradient, greedy"),
+        ({"method": "magic"}, "method 'magic' is unknown; choose one of gradient, surrogate, greedy"),
         ({"level": "letter"}, "level 'letter' is unknown"),
         ({"max_tokens": 129}, "max_tokens must be 3 to 128"),
         ({"evaluations": 0}, "evaluations must be at least 1"),

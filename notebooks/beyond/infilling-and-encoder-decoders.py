@@ -458,18 +458,19 @@ for place in np.linspace(0, len(test) - 1, 4).astype(int):
 # %% [markdown]
 # ### Polished
 #
-# What the decoder wrote can be the start of the word search of {doc}`mean-prompts`, towards the row's own posterior. It
-# raises what is *expected*; whether it raises the score is another matter, as the posterior is all it knows.
+# What the decoder wrote can be the start of the word search of {doc}`mean-prompts`, towards the row's own
+# predicted vector. It comes nearer to the *vector*; whether it raises the score is another matter, as the vector is all it
+# knows.
 
 # %%
 few = min(demo.polished_rows, len(test))
 part = replace(posterior, weights=posterior.weights[:few], expected=posterior.expected[:few])
 starts, began = written["best expected of several"][:few], time.time()
-polished = improve(part, starts, predictor.bank, scorer, DecodingSettings(evaluations=demo.evaluations, seed=demo.seed))
+polished = improve(part.vectors, starts, predictor.bank, scorer, DecodingSettings(evaluations=demo.evaluations, seed=demo.seed))
 print(f"{few} rows, {(time.time() - began) / few:.2f} s a row")
 pd.DataFrame({
     name: {
-        "expected": np.mean([part.value(row, scorer.encode([text]))[0] for row, text in enumerate(texts)]),
+        "cosine with the vector": (part.vectors * scorer.encode(texts)).sum(1).mean(),
         "reached": scs(scorer.encode(texts), truth[:few]).mean(),
     }
     for name, texts in {"as written": starts, "polished": polished}.items()

@@ -248,7 +248,8 @@ keep("replacing only", encoder.encode([text])[0], text)
 #
 # What others did stands behind the same interface: *greedy* appends whichever unit of the whole vocabulary helps most
 # (4th place), *beam* keeps the best few strings of a length (7th), *random* edits one string and keeps what helps (6th),
-# *genetic* crosses two good ones.
+# *genetic* crosses two good ones. And *surrogate* needs no backward pass: it ranks edits by vectors learnt for each token,
+# which {doc}`from-embedding-to-prompt` explains.
 #
 # ```{image} ../../images/beam-search.svg
 # :alt: Three columns with what one step does to a short string. Greedy tries every word at the end and keeps the best; beam appends drawn words to several strings and keeps the best of a length; gradient search ranks all words at all places by one backward pass, encodes the best few exactly and keeps a rise.
@@ -275,7 +276,7 @@ def curves(ceiling: float) -> Figure:
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.subplots()
         axes.axhline(ceiling, color=plots.GREY, linestyle=":", label="best vector")
-        looks = zip(found.items(), plots.PALETTE, plots.MARKERS, ("-", "--", "-.", ":", "-"))
+        looks = zip(found.items(), plots.PALETTE, plots.MARKERS, ("-", "--", "-.", ":", "-", "--"))
         for (method, one), colour, marker, line in looks:
             x = [*(step.evaluations for step in one.history), settings.evaluations]
             y = [*(step.value for step in one.history), one.value]
