@@ -60,7 +60,6 @@ import pandas as pd
 
 from promptrec import data, plots, templates
 from promptrec.comparison import compare
-from promptrec.decoding import DecodingSettings
 from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
 from promptrec.engines import load_engine
 from promptrec.inference import Constant, LanguageModelRecoverer, best_constant, normalise, pick_shots
@@ -307,9 +306,10 @@ keep("retrieval", retrieval.recover(test), began)
 # The nearest prompt is a poor way to say what was predicted: the predicted vector itself scores far higher than the
 # prompt next to it. So the second method without a language model does both halves better. A small network weighs the
 # prompts of the bank; it is trained on the cubed cosine, with every prompt near the true one hidden from it, so that it
-# learns to place prompts that no bank holds. Then up to five bank prompts are joined, one at a time, as long as the mean
-# score of the whole text under these weights rises. Such an answer says several things at once, as someone would who is
-# not sure; the scorer, which rewards being near, does not mind. {doc}`beyond/from-embedding-to-prompt` takes it apart.
+# learns to place prompts that no bank holds. Then up to five bank prompts are joined, one at a time, as long as the whole
+# text comes nearer to the predicted vector; and where the scorer's encoder can be looked into, words are put in, taken out
+# and replaced to the same end. Such an answer says several things at once, as someone would who is not sure; the scorer,
+# which rewards being near, does not mind. {doc}`beyond/from-embedding-to-prompt` takes it apart.
 
 # %%
 began = time.time()
@@ -321,7 +321,6 @@ predicted = EmbeddingRecoverer(
     scorer,
     bank=train["rewrite_prompt"],
     settings=PredictorSettings(folds=2, most_steps=settings.embedding_steps, seed=settings.seed),
-    decoding=DecodingSettings(tried=8),
 ).fit(written)
 believed = predicted.posterior(test)
 keep("embedding", predicted.decode(believed), began)

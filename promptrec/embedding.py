@@ -20,6 +20,7 @@ from promptrec.decoding import DecodingSettings, improve, join_prompts
 from promptrec.errors import InputError
 from promptrec.inference import check_pairs
 from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend
+from promptrec.profiles import override
 from promptrec.scoring import Scorer, unit
 from promptrec.splits import clusters_of
 from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folder, digest, read_arrays, save_arrays
@@ -163,4 +164,5 @@ def build_retrieval(task: Task) -> RetrievalRecoverer:
 
 def build_embedding(task: Task) -> EmbeddingRecoverer:
     """Heads and decoding, fitted to the task's training triples."""
-    return EmbeddingRecoverer(task.scorer, task.bank, PredictorSettings(seed=task.seed)).fit(task.train)
+    decoding = override(DecodingSettings(), seed=task.seed)
+    return EmbeddingRecoverer(task.scorer, task.bank, PredictorSettings(seed=task.seed), decoding).fit(task.train)
