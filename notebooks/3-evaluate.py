@@ -60,6 +60,7 @@ import pandas as pd
 
 from promptrec import data, plots, templates
 from promptrec.comparison import compare
+from promptrec.decoding import DecodingSettings
 from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
 from promptrec.engines import load_engine
 from promptrec.inference import Constant, LanguageModelRecoverer, best_constant, normalise, pick_shots
@@ -321,6 +322,7 @@ predicted = EmbeddingRecoverer(
     scorer,
     bank=train["rewrite_prompt"],
     settings=PredictorSettings(folds=2, most_steps=settings.embedding_steps, seed=settings.seed),
+    decoding=override(DecodingSettings(), seed=settings.seed),
 ).fit(written)
 believed = predicted.posterior(test)
 keep("embedding", predicted.decode(believed), began)

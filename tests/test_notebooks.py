@@ -36,6 +36,7 @@ SMALL = {
     "EvaluationSettings.retrieval_rows": 300,
     "EvaluationSettings.embedding_rows": 300,
     "EvaluationSettings.embedding_steps": 20,
+    "DecodingSettings.evaluations": 6,
 }
 
 

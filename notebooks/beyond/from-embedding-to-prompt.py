@@ -422,8 +422,8 @@ if report is not None:
     display(pd.DataFrame(told["by_nearest_bank_prompt"]).round(3))
 
 # %% [markdown]
-# The first table is flat: an eighth of the training rows does as well as all of them, so more rows of this kind will not
-# help. The second shows that string and vector alike need a bank with something near. The largest gap is the choice: the
+# The first table rises ever less: doubling the training rows added .001 at last, so more rows of this kind will not help
+# much. The second shows that string and vector alike need a bank with something near. The largest gap is the choice: the
 # bank holds far better prompts than the one that is chosen. What is left to try is a better reading of the two texts: the
 # encoder is frozen, and was trained to say what a text is about, not how it is written.
 #

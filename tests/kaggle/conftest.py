@@ -38,6 +38,7 @@ SMALL = {
     "EvaluationSettings.retrieval_rows": 60,
     "EvaluationSettings.embedding_rows": 60,
     "EvaluationSettings.embedding_steps": 6,
+    "DecodingSettings.evaluations": 6,
     "EvaluationSettings.new_tokens": 8,
     "EvaluationSettings.longest_text": 15,  # words: eight virtual devices on two cores are slow
     "EvaluationSettings.longest_shot": 40,
