@@ -45,7 +45,7 @@ def test_the_report_says_what_was_measured_and_on_what(report):
 
 def test_methods_are_compared_from_one_start_with_as_many_evaluations(report):
     compared = report["comparison"]
-    assert set(compared["methods"]) == {"gradient", "greedy", "beam", "genetic", "random"}
+    assert set(compared["methods"]) == {"gradient", "surrogate", "greedy", "beam", "genetic", "random"}
     runs = [compared["exhaustive_greedy"], *compared["methods"].values()]
     assert len({run["curve"][0][3] for run in runs}) == 1
     for run in compared["methods"].values():
