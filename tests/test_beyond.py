@@ -28,7 +28,7 @@ SMALL = {
     "DecodeSettings.test_rows": 12,
     "DecodeSettings.most_steps": 8,
     "DecodeSettings.searched_rows": 2,
-    "DecodeSettings.evaluations": 12,
+    "DecodeSettings.evaluations": [6, 12],
     "AskingSettings.train_rows": 40,
     "AskingSettings.test_rows": 9,
     "AskingSettings.sampled_rows": 5,
