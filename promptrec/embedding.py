@@ -150,9 +150,8 @@ class EmbeddingRecoverer:
     def decode(self, posterior: Posterior, answers: Sequence[Sequence[str]] = ()) -> list[str]:
         """A string near each row's vector: joined from the bank and the row's own `answers`, then searched on from."""
         started = time.time()
-        targets = posterior.vectors.astype(np.float32)
-        texts, _ = join_prompts(targets, self.bank, self.vectors, self.scorer, self.decoding, answers)
-        texts = improve(targets, texts, self.bank, self.scorer, self.decoding)
+        texts, _ = join_prompts(posterior.vectors, self.bank, self.vectors, self.scorer, self.decoding, answers)
+        texts = improve(posterior.vectors, texts, self.bank, self.scorer, self.decoding)
         self.seconds["decode"] = time.time() - started
         return texts
 

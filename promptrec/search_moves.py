@@ -122,33 +122,13 @@ def _best(row: SearchRow, pulls: list, old: np.ndarray, base: np.ndarray, places
 def summed_moves(row: SearchRow, units: list[str], often: int = 2) -> list[Edits]:
     """The moves whose sum of token vectors points best along the objective, best first; no pass through the encoder.
 
-    Where the string's vector is known, the estimate starts from it: only what an edit adds and takes away is estimated.
     Of a place and of a unit at most `often`, as what is estimated alike mostly scores alike.
     """
-    words, learnt, count = row.units, row.units.learnt, len(units)
-    ids = [words.ids(each) for each in units]
-    held, added = learnt.sums(ids), words.added  # [n, d], [V, d]
-    base = held.sum(0) + learnt.offset
-    known = row.vectors.get(words.join(units))
-    base = base if known is None else known * np.linalg.norm(base)
-    aim = unit(row.objective.slope(unit(base)[None]))[0]
-    without = base - held  # [n, d], each place emptied
-    gains = {
-        "insert": _along(aim, base[None], added),
-        "replace": _along(aim, without, added),
-        "delete": (without @ aim / np.linalg.norm(without, axis=1))[:, None] if count > 1 else np.zeros((0, 1)),
-    }
-    top = 8 * row.settings.candidates
-    ranked = []  # (estimate, kind, place, word)
-    for kind, table in gains.items():
-        flat = table.ravel()
-        best = np.argpartition(-flat, min(top, flat.size - 1))[:top] if flat.size else []
-        ranked += [(flat[index], kind, *divmod(int(index), table.shape[1])) for index in best]
-    chosen, tally = [], Counter()
-    for _, kind, emptied, word in sorted(ranked, key=lambda move: -move[0]):
+    words, chosen, tally = row.units, [], Counter()
+    for kind, emptied, word in _by_estimate(_summed_gains(row, units), 8 * row.settings.candidates):
         if len(chosen) == row.settings.candidates:
             break
-        place = int(row.random.integers(count + 1)) if kind == "insert" else emptied  # a sum knows no order
+        place = int(row.random.integers(len(units) + 1)) if kind == "insert" else emptied  # a sum knows no order
         new = () if kind == "delete" else (words.words[word],)
         edits = ((place, place + (kind != "insert"), new),)
         text = words.join(edited(units, edits))
@@ -157,6 +137,34 @@ def summed_moves(row: SearchRow, units: list[str], often: int = 2) -> list[Edits
             tally.update([new, (kind, place)])
             chosen.append(edits)
     return chosen
+
+
+def _summed_gains(row: SearchRow, units: list[str]) -> dict[str, np.ndarray]:
+    """For each kind of move the estimated cosine with the objective's slope, [places, V]; [places, 1] of deletions.
+
+    Where the string's vector is known, the estimate starts from it: only what an edit adds and takes away is estimated.
+    """
+    words, learnt = row.units, row.units.learnt
+    held, added = learnt.sums([words.ids(each) for each in units]), words.added  # [n, d], [V, d]
+    base = held.sum(0) + learnt.offset
+    known = row.vectors.get(words.join(units))
+    base = base if known is None else known * np.linalg.norm(base)
+    aim = unit(row.objective.slope(unit(base)[None]))[0]
+    without = base - held  # [n, d], each place emptied
+    gains = {"insert": _along(aim, base[None], added), "replace": _along(aim, without, added)}
+    if len(units) > 1:
+        gains["delete"] = (without @ aim / np.linalg.norm(without, axis=1))[:, None]
+    return gains
+
+
+def _by_estimate(gains: dict[str, np.ndarray], top: int) -> list[tuple[str, int, int]]:
+    """(kind, place, word) of the `top` best moves of each kind, the best of all first."""
+    ranked = []
+    for kind, table in gains.items():
+        flat = table.ravel()
+        best = np.argpartition(-flat, min(top, flat.size - 1))[:top] if flat.size else []
+        ranked += [(flat[index], kind, *divmod(int(index), table.shape[1])) for index in best]
+    return [move for _, *move in sorted(ranked, key=lambda move: -move[0])]
 
 
 def _along(aim: np.ndarray, bases: np.ndarray, added: np.ndarray) -> np.ndarray:

@@ -248,9 +248,7 @@ def test_killed_at_random_moments_it_ends_with_the_uninterrupted_set(tmp_path):
     table, log = make_table(1500), tmp_path / "log.jsonl"
     command = [sys.executable, "-c", WORKER, write_table(table, tmp_path / "in.csv"), log]
     moments, sizes = random.Random(0), [0]
-    while (
-        len(sizes) <= 10 or len(set(sizes)) <= 5
-    ):  # ten kills, and more on a machine that gets little done between them
+    while len(sizes) <= 10 or len(set(sizes)) <= 5:  # ten kills; more where little gets done between them
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert worker.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):

@@ -466,7 +466,9 @@ for place in np.linspace(0, len(test) - 1, 4).astype(int):
 few = min(demo.polished_rows, len(test))
 part = replace(posterior, weights=posterior.weights[:few], expected=posterior.expected[:few])
 starts, began = written["best expected of several"][:few], time.time()
-polished = improve(part.vectors, starts, predictor.bank, scorer, DecodingSettings(evaluations=demo.evaluations, seed=demo.seed))
+polished = improve(
+    part.vectors, starts, predictor.bank, scorer, DecodingSettings(evaluations=demo.evaluations, seed=demo.seed)
+)
 print(f"{few} rows, {(time.time() - began) / few:.2f} s a row")
 pd.DataFrame({
     name: {
