@@ -6,7 +6,8 @@ TEST holds triples, and may hold another model's answers in a column `prediction
 these and each file of --train, are what the predictor is fitted on; a training prompt, or one of the bank, within cosine
 .9 of a test prompt is left out. Written to benchmarks/recover.json: mean SCS of the predicted vector and of the string
 found for it, beside the best constant, the nearest prompt, ridge retrieval, the bank's best prompt by an oracle, and the
-predictions; the blend with these; a learning curve; the scores by what the bank holds; seconds.
+predictions; the blend with these; a learning curve; the scores by what the bank holds; what training rows of the test
+rows' own source are worth (prompt clusters held out of TEST, and of each file of --train); seconds.
 
 The scorer is MiniLM, a proxy; intervals are bootstraps by prompt cluster. The file of results quotes no text.
 """
@@ -18,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,13 @@ COVER = (0.0, 0.5, 0.6, 0.7, 0.9)  # edges: cosine of a true prompt to the bank'
 def away_from(prompts: Sequence[str], test: Sequence[str], scorer: Scorer) -> np.ndarray:
     """Which prompts [n] are no wording of a test prompt."""
     return (scorer.encode(prompts) @ scorer.encode(sorted(set(test))).T).max(1) < SAME_PROMPT
+
+
+def usable(tables: Sequence[pd.DataFrame], test: Sequence[str], scorer: Scorer) -> tuple[pd.DataFrame, list[str], int]:
+    """Training triples and shipped prompts that are no wording of a test prompt; how many triples were."""
+    train, bank = clean(merge_triples(tables))[0], shipped_prompts()["rewrite_prompt"].tolist()
+    far = away_from(train["rewrite_prompt"].tolist(), test, scorer)
+    return train[far].reset_index(drop=True), list(compress(bank, away_from(bank, test, scorer))), int((~far).sum())
 
 
 class Trial:
@@ -137,6 +145,24 @@ def learning_curve(trial: Trial, train: pd.DataFrame, bank: Sequence[str], seed:
     return points
 
 
+def own_source(triples: pd.DataFrame, shipped: pd.DataFrame, scorer: Scorer, seed: int = 0) -> dict:
+    """A fifth of the prompt clusters of a source, three rows each at most, with and without its other rows to fit on."""
+    triples = clean(triples)[0].reset_index(drop=True)
+    clusters = cluster_prompts(scorer.encode(triples["rewrite_prompt"].tolist()))
+    order = np.random.default_rng(seed).permutation(clusters.max() + 1)
+    held = np.isin(clusters, order[: max(1, len(order) // 5)])
+    test = triples[held].groupby(clusters[held]).head(3).reset_index(drop=True)
+    trial, told = Trial(test, scorer), {}
+    for name, tables in {"without": [shipped], "with": [shipped, triples[~held]]}.items():
+        train, bank, _ = usable(tables, test["rewrite_prompt"], scorer)
+        recoverer = EmbeddingRecoverer(scorer, bank).fit(train)
+        posterior = recoverer.posterior(test)
+        string = trial.scores(scorer.encode(recoverer.decode(posterior)))
+        vector = trial.scores(posterior.vectors)
+        told[name] = {"train_rows": len(train), "vector": trial.told(vector), "string": trial.told(string)}
+    return {"n": len(test), "prompts": int(test["rewrite_prompt"].nunique()), **told}
+
+
 def timed(train: pd.DataFrame, test: pd.DataFrame, scorer: Scorer, fitted: int, asked: int) -> dict:
     """Seconds to embed and fit on rows never seen, and to answer others, with nothing in the cache."""
     before = os.environ.get("PROMPTREC_CACHE")
@@ -162,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("test", type=Path, help="triples, perhaps with a column prediction")
     parser.add_argument("--train", type=Path, nargs="*", default=[], help="triples beside the shipped ones")
     parser.add_argument("--rows", type=int, help="of the test table, the first; default: all")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("curve", "time"), help="what not to measure")
+    parser.add_argument("--skip", nargs="*", default=[], choices=("curve", "own", "time"), help="what not to measure")
     parser.add_argument("--fitted", type=int, default=5000, help="training rows that are timed")
     parser.add_argument("--asked", type=int, default=1000, help="rows to answer that are timed")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -172,18 +198,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         raise InputError(f"{given.test}: no rows")
     trial = Trial(test.reset_index(drop=True), scorer)
     shipped, more = shipped_triples(["train"]), [load_triples(path) for path in given.train]
-    bank = shipped_prompts()["rewrite_prompt"].tolist()
-    bank = [prompt for prompt, far in zip(bank, away_from(bank, test["rewrite_prompt"], scorer), strict=True) if far]
     sets, results = {"shipped": [shipped]} | ({"shipped and more": [shipped, *more]} if more else {}), {}
     for name, tables in sets.items():
-        train = clean(merge_triples(tables))[0]
-        far = away_from(train["rewrite_prompt"].tolist(), test["rewrite_prompt"], scorer)
-        results[name] = {"left_out": int((~far).sum())}
-        train = train[far].reset_index(drop=True)
-        results[name] |= measure(trial, train, bank)
+        train, bank, left_out = usable(tables, test["rewrite_prompt"], scorer)
+        results[name] = {"left_out": left_out} | measure(trial, train, bank)
         if name == "shipped" and "curve" not in given.skip:
             results[name]["learning_curve"] = learning_curve(trial, train, bank)
         print(name, {key: results[name][key]["mean"] for key in ("vector", "string")}, flush=True)
+    sources = {}
+    if "own" not in given.skip:
+        for path in (given.test, *given.train):
+            sources[path.stem] = own_source(load_triples(path), shipped, scorer)
     report = {
         "scorer": scorer.name,
         "n": len(trial.rows),
@@ -191,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "clusters": int(trial.clusters.max() + 1),
         "interval": "95% bootstrap by prompt cluster",
         "results": results,
+        "own_source": sources,
         "seconds": None if "time" in given.skip else timed(train, trial.rows, scorer, given.fitted, given.asked),
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),

@@ -23,7 +23,16 @@ from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, b
 from promptrec.profiles import override
 from promptrec.scoring import Scorer, unit
 from promptrec.splits import clusters_of
-from promptrec.text_features import LAST, PairFeatures, TextEncoder, cache_folder, digest, read_arrays, save_arrays
+from promptrec.text_features import (
+    LAST,
+    PairFeatures,
+    TextEncoder,
+    cache_folder,
+    digest,
+    fingerprint,
+    read_arrays,
+    save_arrays,
+)
 
 if TYPE_CHECKING:
     from promptrec.methods import Task
@@ -113,25 +122,26 @@ class EmbeddingRecoverer:
         check_cells(train[columns], columns, "the training triples")
         started = time.time()
         self.bank = sorted({*train["rewrite_prompt"], *self.given_bank})
-        self.vectors = self.scorer.encode(self.bank)
-        key = digest(VERSION, self.scorer.name, asdict(self.settings), *self.bank, *train[columns].to_numpy().ravel())
+        texts = (*self.bank, *train[columns].to_numpy().ravel())
+        key = digest(VERSION, self.scorer.name, fingerprint(self.scorer.encode), asdict(self.settings), *texts)
         path = cache_folder() / "predictors" / f"{key}.npz"
         if arrays := read_arrays(path):
             self.features = PairFeatures(self.encoder, arrays)
             self.predictor = PromptPredictor.load(arrays, self.settings)
+            self.scorer.remember(self.bank, self.predictor.bank)
         else:
             self._fit(train)
             save_arrays(path, **self.features.state, **self.predictor.state())
+        self.vectors = self.predictor.bank
         self.seconds["fit"] = time.time() - started
         return self
 
     def _fit(self, train: pd.DataFrame) -> None:
-        prompts = self.scorer.encode(train["rewrite_prompt"].tolist())
+        vectors, prompts = self.scorer.encode(self.bank), self.scorer.encode(train["rewrite_prompt"].tolist())
         self.features = PairFeatures(self.encoder)
         given = self.features.fit_transform(train)
-        self.predictor = PromptPredictor(self.settings).fit(
-            *given, prompts, self.vectors, clusters_of(train["rewrite_prompt"])
-        )
+        clusters = clusters_of(train["rewrite_prompt"])
+        self.predictor = PromptPredictor(self.settings).fit(*given, prompts, vectors, clusters)
 
     def posterior(self, table: pd.DataFrame) -> Posterior:
         """What is believed of each row's prompt."""

@@ -17,13 +17,12 @@ import numpy as np
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import unit
 from promptrec.tables import progress
-from promptrec.text_features import cache_folder, digest, frequent_words, read_arrays, save_arrays
+from promptrec.text_features import cache_folder, digest, fingerprint, frequent_words, read_arrays, save_arrays
 
 if TYPE_CHECKING:
     from promptrec.search_encoders import SearchEncoder
 
 VERSION = 1  # of what is cached
-PROBE = "Rewrite the text so that a child would understand it."  # its vector tells encoders apart
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class TokenVectors:
 def token_vectors(encoder: SearchEncoder) -> TokenVectors:
     """Those of an encoder: fitted to the shipped prompts' words the first time, then read from the cache."""
     if "_token_vectors" not in vars(encoder):
-        known = encoder.encode([PROBE])[0].round(3).tolist()
-        path = cache_folder() / "token-vectors" / f"{digest(VERSION, encoder.name, TokenVectorSettings(), known)}.npz"
+        key = digest(VERSION, encoder.name, fingerprint(encoder.encode), TokenVectorSettings())
+        path = cache_folder() / "token-vectors" / f"{key}.npz"
         if arrays := read_arrays(path):
             found = TokenVectors(**arrays)
         else:

@@ -94,6 +94,12 @@ def test_the_curve_grows_to_the_whole_and_seconds_are_of_rows_never_seen(recover
     assert recovery["seconds"]["answered_rows"] == 20 and recovery["seconds"]["fit"] > 0 < recovery["seconds"]["answer"]
 
 
+def test_rows_of_the_own_source_are_held_out_by_prompt_cluster(recovery):
+    told = recovery["own_source"]["test"]
+    assert 0 < told["n"] < 13 and told["with"]["train_rows"] > told["without"]["train_rows"]
+    assert told["with"]["vector"]["low"] <= told["with"]["vector"]["mean"] <= told["with"]["vector"]["high"]
+
+
 def test_the_real_size_benchmark_runs_on_the_tiny_model_and_skips_without_a_gpu(tmp_path, capsys):
     module = benchmark("real_size")
     sizes = ["--rows", "6", "--steps", "1", "--new-tokens", "2", "--batch-size", "3", "--max-tokens", "96"]

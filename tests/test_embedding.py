@@ -147,6 +147,21 @@ def test_the_second_fit_of_the_same_triples_is_read(cache, word_scorer, text_enc
         recoverer(word_scorer, text_encoder).fit(train)
 
 
+def test_what_is_read_is_not_embedded_again_and_is_not_another_scorer_s(cache, word_scorer, text_encoder, monkeypatch):
+    train, asked = easy(20, 0), []
+    first = recoverer(word_scorer, text_encoder).fit(train)
+    monkeypatch.setattr(EmbeddingRecoverer, "_fit", lambda *_: pytest.fail("fitted again"))
+    fresh, encode = type(word_scorer)(), word_scorer._encode
+    fresh._encode = lambda texts: asked.extend(texts) or encode(texts)
+    again = recoverer(fresh, text_encoder).fit(train)
+    assert len(asked) == 1 and not {*asked} & {*first.bank}  # the fingerprint
+    assert np.array_equal(again.vectors, first.vectors)
+    fresh = type(word_scorer)()
+    fresh._encode = lambda texts: -encode(texts)  # other weights of the same name
+    with pytest.raises(pytest.fail.Exception, match="fitted again"):
+        recoverer(fresh, text_encoder).fit(train)
+
+
 def test_without_a_place_to_keep_it_the_fit_still_answers(monkeypatch, tmp_path, word_scorer, text_encoder):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("PROMPTREC_CACHE", str(tmp_path / "file"))
