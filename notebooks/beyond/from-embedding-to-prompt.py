@@ -56,6 +56,7 @@ print("versions:", ", ".join(f"{name} {version}" for name, version in versions()
 
 # %%
 import json
+import textwrap
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -276,11 +277,16 @@ def join_once(text: str, number: int, tried: int = 24) -> tuple[str, float]:
     return ([text, *options][cosines.argmax()], cosines.max())
 
 
+def told_as(name: str, text: str) -> str:
+    """A name and a long text beside it, in lines that fit the page."""
+    return textwrap.fill(f"{name:11}{text}", 84, subsequent_indent=" " * 11)
+
+
 text = by_nearness[3]
-print(f"{scorer.encode([text])[0] @ vectors[3]:.4f}  {text}")
+print(told_as(f"{scorer.encode([text])[0] @ vectors[3]:.4f}", text))
 for _ in range(3):
     text, cosine = join_once(text, 3)
-    print(f"{cosine:.4f}  {text}")
+    print(told_as(f"{cosine:.4f}", text))
 
 # %%
 decoding = DecodingSettings()
@@ -384,9 +390,9 @@ plots.method_intervals(summary)
 shown = np.linspace(0, len(test) - 1, 5).astype(int)
 for number in shown:
     reached = float(scorer.scs([searched[number]], [test["rewrite_prompt"][number]])[0])
-    print(f"asked:     {test['rewrite_prompt'][number]}")
-    print(f"answered:  {searched[number]}")
-    print(f"           expected {posterior.expected[number]:.2f} of the vector, reached {reached:.2f}\n")
+    print(told_as("asked:", test["rewrite_prompt"][number]))
+    print(told_as("answered:", searched[number]))
+    print(told_as("", f"expected {posterior.expected[number]:.2f} of the vector, reached {reached:.2f}"), end="\n\n")
 
 # %% [markdown]
 # ## On real rewrites by Gemma
