@@ -30,10 +30,10 @@ from promptrec.comparison import interval
 from promptrec.data import load_triples, merge_triples, shipped_triples
 from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
 from promptrec.errors import InputError
-from promptrec.predictor import choose
+from promptrec.predictor import Posterior, choose
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import Scorer, get_scorer, scs
-from promptrec.splits import SAME_PROMPT, cluster_prompts
+from promptrec.splits import SAME_PROMPT, cluster_prompts, clusters_of
 from promptrec.tables import read_table, versions, write_json
 
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the training prompt clusters, for the learning curve
@@ -71,14 +71,23 @@ class Trial:
         return scs(vectors, self.truth)
 
 
+def answered(trial: Trial, train: pd.DataFrame, bank: Sequence[str]) -> tuple[EmbeddingRecoverer, Posterior, list[str]]:
+    """A recoverer fitted to triples, what it believes of the trial's rows, and the strings it found for them."""
+    recoverer = EmbeddingRecoverer(trial.scorer, bank).fit(train)
+    posterior = recoverer.posterior(trial.rows)
+    return recoverer, posterior, recoverer.decode(posterior)
+
+
+def scored(trial: Trial, posterior: Posterior, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """SCS of the predicted vectors and of strings, [n] each."""
+    return trial.scores(posterior.vectors), trial.scores(trial.scorer.encode(texts))
+
+
 def measure(trial: Trial, train: pd.DataFrame, bank: Sequence[str]) -> dict:
     """Everything about one training set."""
-    scorer, recoverer = trial.scorer, EmbeddingRecoverer(trial.scorer, bank)
-    recoverer.fit(train)
-    posterior = recoverer.posterior(trial.rows)
-    vector, bank_vectors = trial.scores(posterior.vectors), recoverer.vectors
-    texts = recoverer.decode(posterior)
-    string = trial.scores(scorer.encode(texts))
+    scorer = trial.scorer
+    recoverer, posterior, texts = answered(trial, train, bank)
+    vector, string, bank_vectors = *scored(trial, posterior, texts), recoverer.vectors
     similar = trial.truth @ bank_vectors.T  # [n, bank]
     # an optimist's constant: the one of the bank that is best on the test rows themselves
     constant = similar[:, (similar**3).mean(0).argmax()] ** 3
@@ -135,7 +144,7 @@ def by_cover(nearest: np.ndarray, scores: dict[str, np.ndarray]) -> list[dict]:
 
 def learning_curve(trial: Trial, train: pd.DataFrame, bank: Sequence[str], seed: int = 0) -> list[dict]:
     """Score of the vector when only a share of the training prompt clusters is fitted on; the bank stays whole."""
-    clusters = cluster_prompts(trial.scorer.encode(train["rewrite_prompt"].tolist()))
+    clusters = clusters_of(train["rewrite_prompt"])
     order = np.random.default_rng(seed).permutation(clusters.max() + 1)
     whole, points = [*bank, *train["rewrite_prompt"]], []
     for share in SHARES:
@@ -148,17 +157,14 @@ def learning_curve(trial: Trial, train: pd.DataFrame, bank: Sequence[str], seed:
 def own_source(triples: pd.DataFrame, shipped: pd.DataFrame, scorer: Scorer, seed: int = 0) -> dict:
     """A fifth of the prompt clusters of a source, three rows each at most, with and without its other rows to fit on."""
     triples = clean(triples)[0].reset_index(drop=True)
-    clusters = cluster_prompts(scorer.encode(triples["rewrite_prompt"].tolist()))
+    clusters = clusters_of(triples["rewrite_prompt"])
     order = np.random.default_rng(seed).permutation(clusters.max() + 1)
     held = np.isin(clusters, order[: max(1, len(order) // 5)])
     test = triples[held].groupby(clusters[held]).head(3).reset_index(drop=True)
     trial, told = Trial(test, scorer), {}
     for name, tables in {"without": [shipped], "with": [shipped, triples[~held]]}.items():
         train, bank, _ = usable(tables, test["rewrite_prompt"], scorer)
-        recoverer = EmbeddingRecoverer(scorer, bank).fit(train)
-        posterior = recoverer.posterior(test)
-        string = trial.scores(scorer.encode(recoverer.decode(posterior)))
-        vector = trial.scores(posterior.vectors)
+        vector, string = scored(trial, *answered(trial, train, bank)[1:])
         told[name] = {"train_rows": len(train), "vector": trial.told(vector), "string": trial.told(string)}
     return {"n": len(test), "prompts": int(test["rewrite_prompt"].nunique()), **told}
 
@@ -207,8 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         print(name, {key: results[name][key]["mean"] for key in ("vector", "string")}, flush=True)
     sources = {}
     if "own" not in given.skip:
-        for path in (given.test, *given.train):
-            sources[path.stem] = own_source(load_triples(path), shipped, scorer)
+        for path, triples in zip((given.test, *given.train), (load_triples(given.test), *more), strict=True):
+            sources[path.stem] = own_source(triples, shipped, scorer)
     report = {
         "scorer": scorer.name,
         "n": len(trial.rows),

@@ -325,7 +325,7 @@ comparison_rows(["encoder-decoder", "bridge-pooled", "bridge-sequence"]).round(4
 
 # %%
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -464,7 +464,7 @@ for place in np.linspace(0, len(test) - 1, 4).astype(int):
 
 # %%
 few = min(demo.polished_rows, len(test))
-part = replace(posterior, weights=posterior.weights[:few], expected=posterior.expected[:few])
+part = posterior.of(range(few))
 starts, began = written["best expected of several"][:few], time.time()
 polished = improve(
     part.vectors, starts, predictor.bank, scorer, DecodingSettings(evaluations=demo.evaluations, seed=demo.seed)
