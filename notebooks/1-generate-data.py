@@ -62,7 +62,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from promptrec import data, plots, splits, templates
+from promptrec import data, plot_style, plots, splits, templates
 from promptrec.cleaning import clean, strip_lead_in
 from promptrec.grammar import load_grammar
 from promptrec.prompt_bank import grammar_prompts, shipped_prompts
@@ -222,12 +222,14 @@ known.groupby("split").agg(prompts=("rewrite_prompt", "size"), clusters=("prompt
 
 # %%
 figure = plots.cluster_sizes(clusters)
-plots.alt_text(figure, "Prompts per cluster, largest first: a few clusters hold many wordings, most hold one or two.")
+plot_style.alt_text(
+    figure, "Prompts per cluster, largest first: a few clusters hold many wordings, most hold one or two."
+)
 
 # %%
 sample = known.sample(min(1500, len(known)), random_state=0)
 figure = plots.prompts_in_space(scorer.encode(sample["rewrite_prompt"].tolist()), sample["split"])
-plots.alt_text(
+plot_style.alt_text(
     figure, "Prompt embeddings on two principal components, coloured by split: all sides cover the same regions."
 )
 
@@ -332,7 +334,9 @@ report.to_frame()
 
 # %%
 figure = plots.length_histogram(cleaned, ["original_text", "rewritten_text"])
-plots.alt_text(figure, "Words per text before and after rewriting; rewrites are somewhat longer and more spread out.")
+plot_style.alt_text(
+    figure, "Words per text before and after rewriting; rewrites are somewhat longer and more spread out."
+)
 
 # %% [markdown]
 # ## Merge

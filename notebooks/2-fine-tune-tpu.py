@@ -63,7 +63,7 @@ import keras
 import numpy as np
 import pandas as pd
 
-from promptrec import lora_keras, plots, splits
+from promptrec import lora_keras, plot_style, plots, splits
 from promptrec.finetuning import finetune_file, settings_for
 from promptrec.rewriters.keras_gemma import KerasGeneration, bucket_of, layout_table, load_gemma
 from promptrec.tables import read_table
@@ -257,7 +257,9 @@ print("nothing left to do; same history:", again.equals(history))
 
 # %%
 figure = plots.training_curves(history)
-plots.alt_text(figure, "Training and held-out loss over the steps and, below, held-out SCS; the kept step is ringed.")
+plot_style.alt_text(
+    figure, "Training and held-out loss over the steps and, below, held-out SCS; the kept step is ringed."
+)
 
 # %% [markdown]
 # Read the held-out loss: it falls when the adapter learns. SCS needs whole answers to be right and follows much later;

@@ -64,7 +64,7 @@ from scipy.stats import norm
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from promptrec import lora, plots, splits, templates
+from promptrec import lora, plot_style, plots, splits, templates
 from promptrec.comparison import interval
 from promptrec.finetuning import finetune_file, settings_for
 from promptrec.inference import Constant, LanguageModelRecoverer
@@ -500,7 +500,7 @@ print(f"nothing left to do, back after {time.time() - started:.0f} s; same histo
 # %%
 figure = plots.training_curves(history)
 best = history.loc[history["scs"].idxmax()]
-plots.alt_text(
+plot_style.alt_text(
     figure,
     "Training and held-out loss fall over the steps, steeply at first; below, held-out SCS rises unevenly; "
     f"its best value, {best['scs']:.3f}, is at step {best['step']:.0f}.",

@@ -37,7 +37,7 @@ from promptrec.text_features import (
 if TYPE_CHECKING:
     from promptrec.methods import Task
 
-VERSION = 4  # of what is cached: count up when features or training change
+VERSION = 5  # of what is cached: count up when features or training change
 
 
 def pair_features(original: np.ndarray, rewritten: np.ndarray) -> np.ndarray:

@@ -1,119 +1,59 @@
-"""Every figure of the notebooks: data in, a labelled matplotlib Figure out.
+"""Every figure of the notebooks: data in, a labelled matplotlib Figure out, with an alt text made from its data.
 
-The figures are made without pyplot, so nothing is shown twice, nothing has to be closed and no backend
-is chosen: end a cell with the call and Jupyter displays the result. Colours are Okabe and Ito's, and
-marker or line style repeats what colour says. What is drawn where is decided here; what is computed
-(scores, intervals, clusters) is not.
-
-Alt text: each figure carries one, made from its data; `alt_text(figure, "...")` replaces it. It reaches
-the notebook as output metadata (`image/png` -> `alt`), which nbconvert turns into the image's alt
-attribute. MyST-NB reads cell metadata instead (`mystnb` -> `image` -> `alt`): `alt_into_cells` copies it
-there after execution, before the book is built. By hand, in a percent source, the same is
-`# %% mystnb={"image": {"alt": "..."}}`.
+What is drawn where is decided here; how it looks and speaks is plot_style.py's, what is computed (scores, intervals,
+clusters) the caller's.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from promptrec.errors import InputError
+from promptrec.plot_style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    MARKERS,
+    VERMILLION,
+    alt_text,
+    canvas,
+    colour_of,
+    dash_of,
+    label_axes,
+    styled,
+)
 from promptrec.tables import require_columns
 
-# Okabe and Ito (2008), ordered for contrast on white; yellow is left out, it is too pale for lines.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222")
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK = PALETTE
-GREY = "#767676"  # 4.5:1 on white
-MARKERS = "osD^vP*"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-    "figure.dpi": 110,
-}
 SCS_LABEL = "SCS = cos³ (0 to 1, higher is better)"
 
 
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Run a drawing function under STYLE, whatever style the notebook has set."""
-
-    @functools.wraps(draw)
-    def under_style(*args, **kwargs) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return under_style
-
-
-def alt_text(figure: Figure, text: str) -> Figure:
-    """Give the figure an alt text, kept in `figure._alt` and sent along wherever Jupyter shows the figure."""
-    figure._alt = " ".join(text.split())
-    figure._repr_mimebundle_ = functools.partial(_mimebundle, figure)
-    return figure
-
-
-def alt_into_cells(notebook: Any) -> int:
-    """Copy alt texts from outputs into the cell metadata MyST-NB reads; return how many cells got one.
-
-    `notebook` is an executed nbformat notebook (or the same as plain dicts), changed in place. A cell that
-    has an alt text of its own keeps it; one with several images gets their texts joined, because MyST-NB
-    knows one alt text a cell.
-    """
-    filled = 0
-    for cell in notebook["cells"]:
-        outputs = cell.get("outputs", [])
-        texts = [out.get("metadata", {}).get("image/png", {}).get("alt") for out in outputs]
-        if any(texts):
-            image = cell["metadata"].setdefault("mystnb", {}).setdefault("image", {})
-            filled += "alt" not in image
-            image.setdefault("alt", " ".join(filter(None, texts)))
-    return filled
-
-
-@_styled
+@styled
 def length_histogram(table: pd.DataFrame, columns: Sequence[str]) -> Figure:
     """Words per text, one outline for each of the text `columns`, on shared bins."""
     _need(table, columns, "length_histogram")
     words = {column: table[column].fillna("").astype(str).str.split().str.len() for column in columns}
-    figure, axes = _canvas()
+    figure, axes = canvas()
     bins = np.histogram_bin_edges(np.concatenate(list(words.values())), bins=30)
     for index, (column, counts) in enumerate(words.items()):
-        outline = {"color": _colour(index), "linestyle": _dash(index), "linewidth": 1.8}
-        axes.hist(counts, bins, histtype="stepfilled", alpha=0.15, color=_colour(index))
+        outline = {"color": colour_of(index), "linestyle": dash_of(index), "linewidth": 1.8}
+        axes.hist(counts, bins, histtype="stepfilled", alpha=0.15, color=colour_of(index))
         axes.hist(counts, bins, histtype="step", label=f"{column} (median {counts.median():.0f})", **outline)
-    _label(axes, "length (words)", "texts")
+    label_axes(axes, "length (words)", "texts")
     axes.legend()
     medians = ", ".join(f"{column} {counts.median():.0f}" for column, counts in words.items())
     return alt_text(figure, f"Histogram of text lengths, {len(table)} rows. Median words: {medians}.")
 
 
-@_styled
+@styled
 def prompts_in_space(embeddings: np.ndarray, labels: Sequence, texts: Sequence[str] | None = None) -> Figure:
     """Embeddings [n, d] on their first two principal components, coloured by label (a split, a taxonomy).
 
@@ -124,7 +64,7 @@ def prompts_in_space(embeddings: np.ndarray, labels: Sequence, texts: Sequence[s
     if len(labels) != len(points) or (texts is not None and len(texts) != len(points)):
         raise InputError(f"prompts_in_space: {len(points)} embeddings need as many labels and texts")
     groups, names = _most_frequent(labels, keep=6)
-    figure, axes = _canvas(height=4.4)
+    figure, axes = canvas(height=4.4)
     for index, name in enumerate(names):
         rows = np.flatnonzero(groups == name)
         label = f"{name} ({len(rows)})"
@@ -132,24 +72,24 @@ def prompts_in_space(embeddings: np.ndarray, labels: Sequence, texts: Sequence[s
             central = _most_central(points, rows)
             label += "\n" + textwrap.shorten(str(list(texts)[central]), 34, placeholder="…")
             axes.scatter(*points[central], s=80, facecolors="none", edgecolors=BLACK, zorder=3)
-        style = {"marker": MARKERS[index], "color": _colour(index), "label": label}
+        style = {"marker": MARKERS[index], "color": colour_of(index), "label": label}
         axes.scatter(*points[rows].T, s=22, alpha=0.75, rasterized=len(points) > 2000, **style)  # or the SVG grows huge
-    _label(axes, *(f"component {i} ({share:.0%} of variance)" for i, share in enumerate(shares, 1)))
+    label_axes(axes, *(f"component {i} ({share:.0%} of variance)" for i, share in enumerate(shares, 1)))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     text = f"Scatter plot of {len(points)} prompt embeddings on two principal components, coloured by label:"
     return alt_text(figure, f"{text} {', '.join(names)}.")
 
 
-@_styled
+@styled
 def cluster_sizes(clusters: Sequence) -> Figure:
     """Prompts per cluster, largest cluster first, with the mean size (a usual cap) as a line."""
     sizes = pd.Series(list(clusters)).value_counts().to_numpy()
     if not len(sizes):
         raise InputError("cluster_sizes: no clusters given")
-    figure, axes = _canvas()
+    figure, axes = canvas()
     axes.bar(np.arange(1, len(sizes) + 1), sizes, width=0.9 if len(sizes) < 80 else 1.0, color=BLUE)
     axes.axhline(sizes.mean(), color=VERMILLION, linestyle="--", label=f"mean size {sizes.mean():.1f}")
-    _label(axes, "cluster, by size (rank)", "prompts")
+    label_axes(axes, "cluster, by size (rank)", "prompts")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
@@ -157,7 +97,7 @@ def cluster_sizes(clusters: Sequence) -> Figure:
     return alt_text(figure, f"Bar chart of the sizes of {len(sizes)} prompt clusters: {text}.")
 
 
-@_styled
+@styled
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss above, held-out SCS below, over optimiser steps; panels for what was logged.
 
@@ -167,7 +107,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     _need(history, ["step", "loss"], "training_curves")
     drawers = {"loss": _draw_loss, "scs": _draw_scs, "learning_rate": _draw_rate}
     panels = [column for column in drawers if _logged(history, column)]
-    figure, axes = _canvas(len(panels), height=1.2 + 1.8 * len(panels))
+    figure, axes = canvas(len(panels), height=1.2 + 1.8 * len(panels))
     for panel, column in zip(np.atleast_1d(axes), panels, strict=True):
         drawers[column](panel, history)
     np.atleast_1d(axes)[-1].set_xlabel("optimiser step")
@@ -176,7 +116,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
     return alt_text(figure, f"Training curves over {history['step'].max()} steps: loss from {ends}{best}.")
 
 
-@_styled
+@styled
 def score_distributions(scores: pd.DataFrame) -> Figure:
     """SCS of every row: a box and the rows themselves for each method, best mean on top.
 
@@ -185,7 +125,7 @@ def score_distributions(scores: pd.DataFrame) -> Figure:
     _need(scores, ["method", "scs"], "score_distributions")
     groups = {name: group["scs"].to_numpy() for name, group in scores.groupby("method")}
     groups = dict(sorted(groups.items(), key=lambda item: item[1].mean()))
-    figure, axes = _canvas(height=1.3 + 0.55 * len(groups))
+    figure, axes = canvas(height=1.3 + 0.55 * len(groups))
     box = {"medianprops": {"color": BLACK, "linewidth": 1.6}, "boxprops": {"color": GREY}}
     axes.boxplot(list(groups.values()), orientation="horizontal", widths=0.5, showfliers=False, **box)
     jitter = np.random.default_rng(0)
@@ -194,24 +134,24 @@ def score_distributions(scores: pd.DataFrame) -> Figure:
         axes.scatter(values, heights, s=9, color=BLUE, alpha=0.35, linewidths=0)
         axes.plot(values.mean(), place, "D", color=VERMILLION, label="mean" if place == 1 else None)
     axes.set_yticks(range(1, len(groups) + 1), groups)
-    _label(axes, SCS_LABEL, "method")
+    label_axes(axes, SCS_LABEL, "method")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
     means = ", ".join(f"{name} {values.mean():.3f}" for name, values in reversed(groups.items()))
     return alt_text(figure, f"Box plots of SCS by row for {len(groups)} methods. Means: {means}.")
 
 
-@_styled
+@styled
 def method_intervals(table: pd.DataFrame) -> Figure:
     """Mean SCS with its interval for each method, best on top. Columns: method, mean, low, high."""
     _need(table, ["method", "mean", "low", "high"], "method_intervals")
     table = table.sort_values("mean")
-    figure, axes = _canvas(height=1.1 + 0.38 * len(table))
+    figure, axes = canvas(height=1.1 + 0.38 * len(table))
     _draw_intervals(axes, table, [BLUE] * len(table), [BLUE] * len(table))
-    _label(axes, "mean SCS, with interval (0 to 1)", "method")
+    label_axes(axes, "mean SCS, with interval (0 to 1)", "method")
     return alt_text(figure, f"Mean SCS with intervals, best first: {_spoken(table)}.")
 
 
-@_styled
+@styled
 def paired_differences(table: pd.DataFrame) -> Figure:
     """Mean row-by-row difference in SCS to a baseline, with intervals. Columns: method, mean, low, high.
 
@@ -221,14 +161,14 @@ def paired_differences(table: pd.DataFrame) -> Figure:
     table = table.sort_values("mean")
     colours = np.select([table["low"] > 0, table["high"] < 0], [BLUE, VERMILLION], default=GREY)
     fills = np.where(colours == GREY, "white", colours)
-    figure, axes = _canvas(height=1.1 + 0.38 * len(table))
+    figure, axes = canvas(height=1.1 + 0.38 * len(table))
     axes.axvline(0, color=BLACK, linewidth=1)
     _draw_intervals(axes, table, colours, fills, pattern="+.3f")
-    _label(axes, "difference in SCS to the baseline on the same rows, with interval", "method")
+    label_axes(axes, "difference in SCS to the baseline on the same rows, with interval", "method")
     return alt_text(figure, f"SCS minus the baseline's, best first: {_spoken(table, '+.3f')}.")
 
 
-@_styled
+@styled
 def scores_by_cluster(frame: pd.DataFrame) -> Figure:
     """Mean SCS in each prompt cluster, a marker for each method, hardest cluster left.
 
@@ -237,28 +177,28 @@ def scores_by_cluster(frame: pd.DataFrame) -> Figure:
     _need(frame, ["prompt_cluster", "method", "scs"], "scores_by_cluster")
     means = frame.pivot_table(index="prompt_cluster", columns="method", values="scs", aggfunc="mean")
     means = means.loc[means.mean(axis=1).sort_values(kind="stable").index]
-    figure, axes = _canvas(height=3.8)
+    figure, axes = canvas(height=3.8)
     rank = np.arange(1, len(means) + 1)
     for index, method in enumerate(means.columns):
-        style = {"marker": MARKERS[index % len(MARKERS)], "color": _colour(index), "label": method}
+        style = {"marker": MARKERS[index % len(MARKERS)], "color": colour_of(index), "label": method}
         axes.plot(rank, means[method], linestyle="none", markersize=5, alpha=0.85, **style)
     if len(means) <= 30:
         names = [textwrap.shorten(str(name), 22, placeholder="…") for name in means.index]
         axes.set_xticks(rank, names, rotation=90 if max(map(len, names)) > 3 else 0)
-    _label(axes, "prompt cluster, by mean SCS (hardest first)", "mean SCS (0 to 1)")
+    label_axes(axes, "prompt cluster, by mean SCS (hardest first)", "mean SCS (0 to 1)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method")
     ends = f"{means.iloc[0].mean():.2f} in the hardest to {means.iloc[-1].mean():.2f} in the easiest"
     return alt_text(figure, f"Mean SCS of {means.shape[1]} methods in {len(means)} prompt clusters: {ends}.")
 
 
-@_styled
+@styled
 def cos_cubed(points: dict[str, float]) -> Figure:
     """The score as a function of the cosine, with named cosines marked on it, {name: cosine in [-1, 1]}."""
     wrong = [name for name, cosine in points.items() if not abs(cosine) <= 1 + 1e-5]  # fp32: a text with itself
     if wrong:
         raise InputError(f"cos_cubed: not a cosine between -1 and 1: {', '.join(wrong)}")
     points = {name: min(1.0, max(-1.0, cosine)) for name, cosine in points.items()}
-    figure, axes = _canvas(height=4)
+    figure, axes = canvas(height=4)
     x = np.linspace(min([0.0, *points.values()]), 1, 200)
     axes.plot(x, x, color=GREY, linestyle=":", label="cos")
     axes.plot(x, x**3, color=BLUE, label="cos³ = SCS")
@@ -267,7 +207,7 @@ def cos_cubed(points: dict[str, float]) -> Figure:
     for (name, cosine), height in zip(points.items(), heights, strict=True):
         axes.plot(cosine, cosine**3, "o", color=VERMILLION, markersize=7, zorder=3)
         _point_at(axes, f"{name}: {cosine:.2f} → {cosine**3:.2f}", (cosine, cosine**3), height)
-    _label(axes, "cosine of the two embeddings", "score")
+    label_axes(axes, "cosine of the two embeddings", "score")
     axes.legend(loc="upper left")
     spoken = "; ".join(f"{name}: cosine {cos:.2f} gives {cos**3:.2f}" for name, cos in points.items())
     return alt_text(figure, f"Curve of the score, the cube of the cosine. {spoken}.")
@@ -354,24 +294,6 @@ def _spread(heights: list[float], gap: float) -> list[float]:
     return spread[::-1]
 
 
-def _canvas(rows: int = 1, height: float = 3.4) -> tuple[Figure, Any]:
-    """An empty figure 7.2 inches wide with `rows` panels above one another, sharing their x axis."""
-    figure = Figure(figsize=(7.2, height), layout="constrained")
-    return figure, figure.subplots(rows, sharex=True)
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlabel=x, ylabel=y)
-
-
-def _colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
-
-
-def _dash(index: int) -> str:
-    return ("-", "--", "-.", ":")[index % 4]
-
-
 def _logged(history: pd.DataFrame, column: str) -> bool:
     return column in history and history[column].notna().any()
 
@@ -388,13 +310,3 @@ def _need(table: pd.DataFrame, columns: Iterable[str], where: str) -> None:
     require_columns(table, columns, where)
     if table.empty:
         raise InputError(f"{where}: the table has no rows")
-
-
-def _mimebundle(figure: Figure, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
-    """What Jupyter asks a figure for: a PNG of 256 colours (a third of the bytes), and its alt text."""
-    full, small = io.BytesIO(), io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(full, format="png", dpi=STYLE["figure.dpi"])
-    Image.open(full).convert("RGB").quantize(256).save(small, format="png", optimize=True)
-    png = base64.b64encode(small.getvalue()).decode("ascii")
-    return {"image/png": png, "text/plain": f"<Figure: {figure._alt}>"}, {"image/png": {"alt": figure._alt}}

@@ -94,7 +94,11 @@ def blend(posterior: Posterior, answers: np.ndarray, trust: float) -> Posterior:
 
 
 def _head(inputs: int, directions: int, given: int, width: int, settings: PredictorSettings):
-    """Flat features [n, f] and directions [n, k, e] -> weights [n, b] over a bank of embeddings [b, d]."""
+    """Flat features [n, f] and directions [n, k, e] -> scores [n, b] of a bank's embeddings [b, d].
+
+    A row's query is the sum of what its features say and of its turned directions; a prompt's score is its product with
+    the query, and softmax makes weights of the scores.
+    """
     import torch
     from torch import nn
     from torch.nn.functional import normalize
@@ -110,20 +114,20 @@ def _head(inputs: int, directions: int, given: int, width: int, settings: Predic
                 nn.Dropout(settings.dropout),
                 nn.Linear(settings.hidden, width),
             )
-            self.key = nn.Linear(width, width)
             self.turns = nn.ModuleList(nn.Linear(given, width, bias=False) for _ in range(directions))
             # at first a prompt resembles what it produced, and nothing is known of the original
             self.shares = nn.Parameter(torch.tensor([0.0, 0.3, 0.0, *[0.3] * directions][:directions]))
             self.sharpness = nn.Parameter(torch.tensor(2.5))
-            for layer in (self.key, *self.turns):
-                nn.init.eye_(layer.weight)
+            for turn in self.turns:
+                nn.init.eye_(turn.weight)
 
         def forward(self, flat, directions, bank, hidden=None):
-            asked = normalize(self.body(flat), dim=-1) @ normalize(self.key(bank), dim=-1).T
-            turned = [normalize(turn(directions[:, place]), dim=-1) for place, turn in enumerate(self.turns)]
-            met = sum(share * one for share, one in zip(self.shares, turned, strict=True)) @ bank.T
-            scores = (asked + met) * self.sharpness.exp()
-            return (scores if hidden is None else scores.masked_fill(hidden, -1e4)).softmax(-1)
+            turned = zip(self.shares, self.turns, directions.unbind(1), strict=True)
+            query = normalize(self.body(flat), dim=-1) + sum(
+                share * normalize(turn(direction), dim=-1) for share, turn, direction in turned
+            )
+            scores = (query * self.sharpness.exp()) @ bank.T
+            return scores if hidden is None else scores.masked_fill(hidden, -1e4)
 
     return Head()
 
@@ -174,6 +178,7 @@ class PromptPredictor:
         head, bank = _head(*self.shape, settings), torch.from_numpy(self.bank)
         flat, directions, prompts = map(torch.from_numpy, (flat, directions, prompts))
         importance = torch.from_numpy(importance.astype(np.float32))
+        shown = bank.bfloat16() if fast else bank
         optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         size = min(settings.batch_size, rows)
         steps = max(min(settings.epochs * (rows // size), settings.most_steps), 2)
@@ -186,12 +191,11 @@ class PromptPredictor:
             batch = order[step % (rows // size) * size :][:size]
             share, alike = importance[batch] / importance[batch].sum(), prompts[batch] @ bank.T
             hidden = alike >= SAME_PROMPT
-            with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # 2.2 times as fast, scores as before
-                weights = head(flat[batch], directions[batch], bank, hidden).float()
-            found = torch.nn.functional.normalize(weights @ bank, dim=-1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # twice as fast, scores as before
+                likely = head(flat[batch], directions[batch], shown, hidden).float().log_softmax(-1)
+                found = torch.nn.functional.normalize((likely.exp() @ shown).float(), dim=-1)
             wanted = (settings.likeness_sharpness * alike).masked_fill(hidden, -1e4).softmax(-1)
-            gain = (found * prompts[batch]).sum(-1) ** 3
-            gain = gain + settings.likeness_weight * (wanted * (weights + 1e-9).log()).sum(-1)
+            gain = (found * prompts[batch]).sum(-1) ** 3 + settings.likeness_weight * (wanted * likely).sum(-1)
             optimizer.zero_grad()
             (-(gain * share).sum()).backward()
             optimizer.step()
@@ -208,7 +212,7 @@ class PromptPredictor:
                 part = slice(start, start + block)
                 mask = None if hidden is None else torch.from_numpy(hidden[part])
                 given = torch.from_numpy(flat[part]), torch.from_numpy(directions[part]), bank, mask
-                weights.append((sum(head(*given) for head in heads) / len(heads)).numpy())
+                weights.append((sum(head(*given).softmax(-1) for head in heads) / len(heads)).numpy())
         return np.concatenate(weights)
 
     def _calibrate(self, claimed: np.ndarray, reached: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from promptrec.errors import InputError
-from promptrec.plots import alt_into_cells
+from promptrec.plot_style import alt_into_cells
 from promptrec.profiles import Profile, missing_inputs
 from promptrec.tables import full_disk_named, progress, read_table
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from promptrec import plots
+from promptrec import plot_style, plots
 from promptrec.cleaning import strip_lead_in
 from promptrec.profiles import ASSETS
 from promptrec.scoring import get_scorer
@@ -165,17 +165,17 @@ def draw_taxonomy(triples: pd.DataFrame) -> Figure:
     """Triples by taxonomy and split: stacked bars, the most frequent on top."""
     counts = pd.crosstab(triples["taxonomy"], triples["split"])[list(SPLITS)]
     counts = counts.loc[counts.sum(axis=1).sort_values(kind="stable").index]
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes, left = figure.subplots(), np.zeros(len(counts))
-        for side, colour, hatch in zip(SPLITS, plots.PALETTE, ("", "//", ".."), strict=False):
+        for side, colour, hatch in zip(SPLITS, plot_style.PALETTE, ("", "//", ".."), strict=False):
             style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": f"{side} ({counts[side].sum()})"}
             axes.barh(counts.index, counts[side], left=left, height=0.75, **style)
             left = left + counts[side].to_numpy()
         axes.set(xlabel="triples", ylabel="taxonomy")
         axes.legend(loc="lower right")
     spoken = ", ".join(f"{name} {int(total)}" for name, total in counts.sum(axis=1).iloc[::-1].items())
-    return plots.alt_text(
+    return plot_style.alt_text(
         figure, f"Stacked bars of triples by taxonomy, split into train, validation and test: {spoken}."
     )
 
@@ -203,7 +203,7 @@ CAPTIONS = {
 def main() -> None:
     data = load()
     figures = draw(data)
-    with matplotlib.rc_context(plots.STYLE | SVG):
+    with matplotlib.rc_context(plot_style.STYLE | SVG):
         for name, figure in figures.items():
             figure.savefig(ROOT / "images" / f"data-{name}.svg", metadata={"Date": None}, dpi=120)
     text = numbers(data)

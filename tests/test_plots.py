@@ -158,26 +158,6 @@ def test_cos_cubed_marks_the_cube_and_refuses_what_is_no_cosine():
         plots.cos_cubed({"too much": 1.2})
 
 
-def test_style_does_not_leak_into_the_notebook():
-    import matplotlib
-
-    before = dict(matplotlib.rcParams)
-    draw("cos_cubed")._repr_mimebundle_()
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_alt_text_replaces_the_default_and_reaches_the_cell_metadata():
-    figure = plots.alt_text(draw("cos_cubed"), "A curve\n  that rises.")
-    data, metadata = figure._repr_mimebundle_()
-    cell = {"cell_type": "code", "metadata": {}, "outputs": [{"data": data, "metadata": metadata}]}
-    own = {"metadata": {"mystnb": {"image": {"alt": "mine"}}}, "outputs": cell["outputs"]}
-    notebook = {"cells": [{"cell_type": "markdown", "metadata": {}}, cell, own]}
-    assert plots.alt_into_cells(notebook) == 1
-    assert cell["metadata"] == {"mystnb": {"image": {"alt": "A curve that rises."}}}
-    assert own["metadata"]["mystnb"]["image"]["alt"] == "mine"
-    assert plots.alt_into_cells(notebook) == 0
-
-
 def test_the_diagrams_are_what_their_script_draws(tmp_path):
     images = Path(__file__).parents[1] / "images"
     spec = importlib.util.spec_from_file_location("draw", images / "draw.py")

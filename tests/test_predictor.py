@@ -120,8 +120,8 @@ def test_in_training_every_prompt_near_the_true_one_is_hidden(monkeypatch):
     predictor = PromptPredictor(QUICK).fit(flat, directions, prompts, bank, numbers)
     fitting, held = [ask for ask in asked if ask[0]], [ask for ask in asked if not ask[0]]
     assert fitting and held
-    for _, _, hidden, weights in asked:
-        assert (hidden.sum(1) >= 2).all() and float(weights.detach()[hidden].max()) == 0
+    for _, _, hidden, scores in asked:
+        assert (hidden.sum(1) >= 2).all() and float(scores.detach().softmax(-1)[hidden].max()) == 0
         assert hidden.any(0).sum() <= 24 and not hidden.all(1).any()
     assert {tuple(row) for ask in asked for row in ask[2].tolist()} == {
         tuple(row) for row in (prompts @ bank.T >= SAME_PROMPT).tolist()

@@ -68,7 +68,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from promptrec import plots
+from promptrec import plot_style, plots
 from promptrec.comparison import interval
 from promptrec.data import shipped_triples
 from promptrec.decoding import DecodingSettings, join_prompts
@@ -158,9 +158,9 @@ print("came: ", came)
 # ## From features to a belief
 #
 # The prediction is not one vector but a **weight for each prompt of a bank**, here the training prompts and the shipped
-# list. A small network turns the features into a query, compares it with every prompt of the bank, adds how much the
-# prompt resembles the texts, and takes a softmax: attention, with the bank as keys and values. What it predicts is the
-# weighted mean of the bank's embeddings.
+# list. A small network turns the features into a query, to which the embeddings of the texts and of what changed are
+# added, each turned by a matrix of its own. The query's product with every prompt of the bank, through a softmax, is the
+# weights: attention, with the bank as keys and values. What it predicts is the weighted mean of the bank's embeddings.
 #
 # Two things make it work. It is trained on the score itself: the loss is $-\cos^3$ between that mean and the true
 # prompt's embedding. And in training **every prompt near the true one is hidden** from the bank, as it will be when the
@@ -208,17 +208,19 @@ def calibration(expected: np.ndarray, reached: np.ndarray, bins: int = 5) -> Fig
     """Rows grouped by expected score: what the groups expected and what they reached."""
     groups = np.array_split(np.argsort(expected, kind="stable"), bins)
     x, y = ([values[group].mean() for group in groups] for values in (expected, reached))
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(5.2, 3.8), layout="constrained")
         axes = figure.subplots()
         top = 1.05 * max(*x, *y)
-        axes.plot([0, top], [0, top], color=plots.GREY, linestyle=":", label="expected = reached")
-        axes.scatter(expected, reached, s=10, color=plots.GREY, alpha=0.4, label="a row")
-        axes.plot(x, y, color=plots.PALETTE[0], marker="o", label=f"{bins} groups of rows")
+        axes.plot([0, top], [0, top], color=plot_style.GREY, linestyle=":", label="expected = reached")
+        axes.scatter(expected, reached, s=10, color=plot_style.GREY, alpha=0.4, label="a row")
+        axes.plot(x, y, color=plot_style.PALETTE[0], marker="o", label=f"{bins} groups of rows")
         axes.set(xlabel="expected SCS", ylabel="reached SCS", xlim=(0, 1.3 * max(x)), ylim=(-0.02, 1.8 * max(y)))
         axes.legend(loc="upper left")
     told = ", ".join(f"{one:.3f} expected and {two:.3f} reached" for one, two in zip(x, y))
-    return plots.alt_text(figure, f"Expected against reached score of the predicted vector, rows in groups: {told}.")
+    return plot_style.alt_text(
+        figure, f"Expected against reached score of the predicted vector, rows in groups: {told}."
+    )
 
 
 calibration(posterior.expected, scs(vectors, truth))
@@ -358,17 +360,17 @@ keep("searched on", scorer.encode(searched), searched)
 # %%
 def kept(nearness: dict[str, np.ndarray]) -> Figure:
     """Histograms of the cosine between the predicted vector and each kind of string."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
         edges = np.linspace(0.3, 1, 36)
-        for (name, values), colour, line in zip(nearness.items(), plots.PALETTE, ("-", "--", "-.", ":")):
+        for (name, values), colour, line in zip(nearness.items(), plot_style.PALETTE, ("-", "--", "-.", ":")):
             axes.hist(values, edges, histtype="step", color=colour, linestyle=line, linewidth=1.8,
                       label=f"{name} (mean {values.mean():.2f})")  # fmt: skip
         axes.set(xlabel="cosine of the string with the predicted vector", ylabel="rows")
         axes.legend(loc="upper left")
     told = ", ".join(f"{name} {values.mean():.3f}" for name, values in nearness.items())
-    return plots.alt_text(figure, f"Histograms of the cosine between string and predicted vector; means: {told}.")
+    return plot_style.alt_text(figure, f"Histograms of the cosine between string and predicted vector; means: {told}.")
 
 
 strings = {"best prompt": by_risk, "nearest prompt": by_nearness, "joined": joined, "searched on": searched}

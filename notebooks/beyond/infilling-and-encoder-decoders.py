@@ -46,7 +46,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from promptrec import plots
+from promptrec import plot_style, plots
 from promptrec.comparison import interval
 from promptrec.data import EASY_STYLES, shipped_originals, slice_words
 from promptrec.encoder_decoder import EncoderDecoderRecoverer, EncoderDecoderSettings
@@ -165,15 +165,15 @@ def likelihoods(rows: pd.DataFrame, lengths: list[int]) -> Figure:
     encoded = infilling.encode(rows)
     found = np.array([infilling.fill(encoded, [length] * len(rows))[1] for length in lengths])  # [lengths, rows]
     wanted = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in rows["rewrite_prompt"]]
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
-        for curve, true, colour, style in zip(found.T, wanted, plots.PALETTE, ("-", "--", "-.", ":")):
+        for curve, true, colour, style in zip(found.T, wanted, plot_style.PALETTE, ("-", "--", "-.", ":")):
             axes.plot(lengths, curve, color=colour, linestyle=style, marker="o", label=f"a prompt of {true} tokens")
         axes.set(xlabel="masks", ylabel="mean log-probability")
         axes.legend()
     told = ", ".join(f"{lengths[best]} masks where {true} were right" for best, true in zip(found.argmax(0), wanted))
-    return plots.alt_text(figure, f"Mean log-probability by the number of masks for four rows; the best: {told}.")
+    return plot_style.alt_text(figure, f"Mean log-probability by the number of masks for four rows; the best: {told}.")
 
 
 likelihoods(test.head(4), [4, 6, 8, 10, 12, 14, 16])
@@ -280,16 +280,16 @@ shown
 # %%
 def loss_curves(losses: dict[str, list[float]], window: int = 5) -> Figure:
     """Training loss of each bridge, averaged over a few steps."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
         smooth = {name: pd.Series(values).rolling(window, min_periods=1).mean() for name, values in losses.items()}
-        for (name, values), colour, style in zip(smooth.items(), plots.PALETTE, ("-", "--", "-.")):
+        for (name, values), colour, style in zip(smooth.items(), plot_style.PALETTE, ("-", "--", "-.")):
             axes.plot(values, color=colour, linestyle=style, label=name)
         axes.set(xlabel="step", ylabel="cross-entropy per token")
         axes.legend(title="bridge")
     told = ", ".join(f"{name} {values.iloc[-1]:.2f}" for name, values in smooth.items())
-    return plots.alt_text(figure, f"Training loss by step for each bridge; at the end: {told}.")
+    return plot_style.alt_text(figure, f"Training loss by step for each bridge; at the end: {told}.")
 
 
 loss_curves(losses)
@@ -434,17 +434,17 @@ pd.DataFrame({name: {"mean SCS": values.mean(), "n": len(values)} for name, valu
 # %%
 def cumulative(scored: dict[str, np.ndarray]) -> Figure:
     """Share of rows that score at least so much, a line for each way of answering."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
-        for (name, values), colour, line in zip(scored.items(), plots.PALETTE, ("-", "--", "-.", ":")):
+        for (name, values), colour, line in zip(scored.items(), plot_style.PALETTE, ("-", "--", "-.", ":")):
             axes.step(
                 np.sort(values), 1 - np.arange(len(values)) / len(values), color=colour, linestyle=line, label=name
             )
         axes.set(xlabel="SCS", ylabel="share of rows that score more")
         axes.legend()
     told = ", ".join(f"{name} {values.mean():.3f}" for name, values in scored.items())
-    return plots.alt_text(figure, f"Share of rows above each score; means: {told}.")
+    return plot_style.alt_text(figure, f"Share of rows above each score; means: {told}.")
 
 
 cumulative(scored)

@@ -61,7 +61,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from promptrec import plots
+from promptrec import plot_style, plots
 from promptrec.comparison import interval
 from promptrec.mean_prompt import halves
 from promptrec.probes import probe_weights
@@ -272,11 +272,11 @@ pd.DataFrame({m: {"evaluations": f.evaluations, "backward passes": f.gradients} 
 # %%
 def curves(ceiling: float) -> Figure:
     """The best score so far of every search, against the strings it had encoded."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.subplots()
-        axes.axhline(ceiling, color=plots.GREY, linestyle=":", label="best vector")
-        looks = zip(found.items(), plots.PALETTE, plots.MARKERS, ("-", "--", "-.", ":", "-", "--"))
+        axes.axhline(ceiling, color=plot_style.GREY, linestyle=":", label="best vector")
+        looks = zip(found.items(), plot_style.PALETTE, plot_style.MARKERS, ("-", "--", "-.", ":", "-", "--"))
         for (method, one), colour, marker, line in looks:
             x = [*(step.evaluations for step in one.history), settings.evaluations]
             y = [*(step.value for step in one.history), one.value]
@@ -285,7 +285,7 @@ def curves(ceiling: float) -> Figure:
         axes.set(xlabel="strings encoded exactly", ylabel="mean SCS, searched prompts", ylim=(0, ceiling * 1.08))
         figure.legend(loc="outside right upper")
     ends = ", ".join(f"{method} {one.value:.4f}" for method, one in found.items())
-    return plots.alt_text(
+    return plot_style.alt_text(
         figure, f"Best score so far against strings encoded. Ends: {ends}; best vector {ceiling:.4f}."
     )
 
@@ -329,10 +329,10 @@ sizes = pd.DataFrame(rows, columns=["prompts", "answer", "searched", "held out"]
 sizes.round(4)
 
 # %%
-with matplotlib.rc_context(plots.STYLE):
+with matplotlib.rc_context(plot_style.STYLE):
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (name, part), colour in zip(sizes.groupby("answer"), (plots.BLUE, plots.VERMILLION)):
+    for (name, part), colour in zip(sizes.groupby("answer"), (plot_style.BLUE, plot_style.VERMILLION)):
         axes.plot(part["prompts"], part["searched"], "--o", color=colour, label=f"{name}, on the searched")
         axes.plot(part["prompts"], part["held out"], "-s", color=colour, label=f"{name}, on the held out")
     axes.set(xscale="log", xlabel="prompts searched with (log scale)", ylabel="mean SCS")
@@ -341,7 +341,7 @@ with matplotlib.rc_context(plots.STYLE):
     axes.legend(loc="upper right")
 ends = sizes[sizes["answer"] == "string"].iloc[[0, -1]]
 told = "; ".join(f"{n} prompts: {a:.3f} searched, {b:.3f} held out" for n, _, a, b in ends.itertuples(index=False))
-plots.alt_text(figure, f"Scores of the searched string on searched and held-out prompts, which close in. {told}.")
+plot_style.alt_text(figure, f"Scores of the searched string on searched and held-out prompts, which close in. {told}.")
 
 # %% [markdown]
 # The dashed and the full line of a colour are the same answer, judged by the prompts it was made for and by others.

@@ -66,7 +66,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from promptrec import plots, ppo, preferences, rewards
+from promptrec import plot_style, plots, ppo, preferences, rewards
 from promptrec.comparison import compare
 from promptrec.data import shipped_triples
 from promptrec.findings import comparison_rows
@@ -221,17 +221,19 @@ print("reached:", path[-10:].mean(0).round(2), " known optimum:", known.round(2)
 # %%
 def approach(path: np.ndarray, known: np.ndarray) -> Figure:
     """Probabilities [steps, 3] on their way to those known to be best [3]."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.0, 3.2), layout="constrained")
         axes = figure.subplots()
-        for token, (colour, line) in enumerate(zip(plots.PALETTE, ("-", "--", "-."))):
+        for token, (colour, line) in enumerate(zip(plot_style.PALETTE, ("-", "--", "-."))):
             label = f"token worth {worth[token]:.1f}"
             axes.plot(1 + np.arange(len(path)), path[:, token], color=colour, linestyle=line, label=label)
             axes.axhline(known[token], color=colour, linestyle=":", linewidth=1)
         axes.set(xlabel="step", ylabel="probability", ylim=(0, 1))
         axes.legend(loc="center right")
     ends = ", ".join(f"{end:.2f} (optimum {best:.2f})" for end, best in zip(path[-1], known))
-    return plots.alt_text(figure, f"Probabilities of three tokens during PPO; they end at {ends}. Dotted: the optimum.")
+    return plot_style.alt_text(
+        figure, f"Probabilities of three tokens during PPO; they end at {ends}. Dotted: the optimum."
+    )
 
 
 approach(path, known)
@@ -284,10 +286,10 @@ runs["RLOO, fine-tuned"] = preferences.build_rloo(task, **short)
 # %%
 def curves(runs: dict[str, rewards.TunedRecoverer]) -> Figure:
     """Mean reward of the sampled answers at each step, with its bootstrap interval over the rows asked."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        for (name, run), colour, marker in zip(runs.items(), plots.PALETTE, plots.MARKERS):
+        for (name, run), colour, marker in zip(runs.items(), plot_style.PALETTE, plot_style.MARKERS):
             told = pd.DataFrame(run.history).dropna(subset=["mean"])
             axes.fill_between(told["step"], told["low"], told["high"], color=colour, alpha=0.15)
             axes.plot(told["step"], told["mean"], color=colour, marker=marker, markersize=4, label=name)
@@ -297,7 +299,7 @@ def curves(runs: dict[str, rewards.TunedRecoverer]) -> Figure:
     ends = "; ".join(
         f"{name} from {run.history[0]['mean']:.3f} to {run.history[-1]['mean']:.3f}" for name, run in runs.items()
     )
-    return plots.alt_text(figure, f"Learning curves, mean reward of a step's answers: {ends}.")
+    return plot_style.alt_text(figure, f"Learning curves, mean reward of a step's answers: {ends}.")
 
 
 curves(runs)
@@ -349,18 +351,18 @@ runs["DPO, another's guesses"] = preferences.build_dpo(task, pairs="other", **wa
 # %%
 def preferred(runs: dict[str, rewards.TunedRecoverer]) -> Figure:
     """How much more than the starting model each DPO run prefers the chosen answers, by step."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        for (name, run), colour, marker in zip(runs.items(), plots.PALETTE, plots.MARKERS):
+        for (name, run), colour, marker in zip(runs.items(), plot_style.PALETTE, plot_style.MARKERS):
             told = pd.DataFrame(run.history).dropna(subset=["margin"])
             axes.plot(told["step"], told["margin"], color=colour, marker=marker, markersize=4, label=name)
-        axes.axhline(0, color=plots.GREY, linestyle=":")
+        axes.axhline(0, color=plot_style.GREY, linestyle=":")
         axes.set(xlabel="optimiser step", ylabel="margin: beta · gap (nats)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper left")
     ends = ", ".join(f"{name} {run.history[-1]['margin']:+.2f}" for name, run in runs.items())
-    return plots.alt_text(figure, f"Margin of chosen over rejected answers by step; at the end: {ends}.")
+    return plot_style.alt_text(figure, f"Margin of chosen over rejected answers by step; at the end: {ends}.")
 
 
 preferred({name: run for name, run in runs.items() if name.startswith("DPO")})

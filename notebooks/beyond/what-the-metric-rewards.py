@@ -64,7 +64,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from promptrec import plots
+from promptrec import plot_style
 from promptrec.data import shipped_originals
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import Scorer, get_scorer
@@ -135,11 +135,11 @@ pd.DataFrame(rows, columns=["scorer", "pairs", "mean cosine", "mean SCS"]).round
 # %%
 def histograms(cosines: dict[str, np.ndarray]) -> Figure:
     """Cosines of unrelated prompts above, what the cube makes of them below; one outline for each scorer."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         above, below = figure.subplots(2, sharex=True)
         bins = np.linspace(-0.2, 1, 61)
-        for (name, values), colour, line in zip(cosines.items(), plots.PALETTE, ("-", "--")):
+        for (name, values), colour, line in zip(cosines.items(), plot_style.PALETTE, ("-", "--")):
             for axes, shown in ((above, values), (below, values**3)):
                 style = {"histtype": "step", "color": colour, "linestyle": line, "linewidth": 1.8, "density": True}
                 axes.hist(shown, bins, label=f"{name} (mean {shown.mean():.3f})", **style)
@@ -148,7 +148,7 @@ def histograms(cosines: dict[str, np.ndarray]) -> Figure:
         for axes in (above, below):
             axes.legend(loc="upper right")
     means = "; ".join(f"{name}: cosine {c.mean():.2f}, SCS {(c**3).mean():.3f}" for name, c in cosines.items())
-    return plots.alt_text(figure, f"Histograms of cosine and SCS of unrelated prompts. Means: {means}.")
+    return plot_style.alt_text(figure, f"Histograms of cosine and SCS of unrelated prompts. Means: {means}.")
 
 
 # %%
@@ -188,20 +188,20 @@ def hedge(n: int, c: np.ndarray) -> np.ndarray:
 # %%
 floors = {"MiniLM": cosines[scorer.name].mean(), "sentence-t5": 0.75}
 c = np.linspace(0, 1, 101)
-with matplotlib.rc_context(plots.STYLE):
+with matplotlib.rc_context(plot_style.STYLE):
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
-    for n, colour in ((2, plots.BLUE), (10, plots.VERMILLION), (100, plots.GREEN)):
+    for n, colour in ((2, plot_style.BLUE), (10, plot_style.VERMILLION), (100, plot_style.GREEN)):
         axes.plot(c, hedge(n, c), color=colour, label=f"hedge, n = {n}")
         axes.plot(c, commit(n, c), "--", color=colour, label=f"commit, n = {n}")
     for name, floor in floors.items():
-        axes.axvline(floor, color=plots.GREY, linestyle=":")
+        axes.axvline(floor, color=plot_style.GREY, linestyle=":")
         place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "size": 9}
         axes.annotate(f"{name}: {floor:.2f}", (floor, 1.01), **place)
     axes.set(xlabel="cosine c between the possible prompts", ylabel="expected SCS", ylim=(0, 1))
     figure.legend(loc="outside right upper")
 told = [f"{name}, n = {n}: {hedge(n, f) - commit(n, f):+.2f}" for name, f in floors.items() for n in (2, 100)]
-plots.alt_text(
+plot_style.alt_text(
     figure, f"Expected score of hedging and committing against cosine. Hedge minus commit: {'; '.join(told)}."
 )
 
@@ -308,18 +308,22 @@ pieces.groupby("part")[["estimated", "exact"]].mean().round(4)
 # %%
 def scatter(pieces: pd.DataFrame) -> Figure:
     """Estimated against exact gain, with the best and the worst pieces named."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (part, rows), colour, marker in zip(pieces.groupby("part", sort=False), plots.PALETTE, plots.MARKERS):
+        for (part, rows), colour, marker in zip(
+            pieces.groupby("part", sort=False), plot_style.PALETTE, plot_style.MARKERS
+        ):
             axes.scatter(rows["estimated"], rows["exact"], s=26, color=colour, marker=marker, alpha=0.8, label=part)
-        axes.axhline(0, color=plots.BLACK, linewidth=1)
+        axes.axhline(0, color=plot_style.BLACK, linewidth=1)
         ranked = pieces.drop_duplicates("piece").sort_values("exact", ascending=False)
         named = {"highest": ranked["piece"].head(6), "lowest": ranked["piece"].tail(5)}
         told = [f"{end}: {', '.join(names)}" for end, names in named.items()]
         axes.set(xlabel="estimated change of mean SCS", ylabel="exact change of mean SCS", title="\n".join(told))
         axes.legend(loc="lower right")
-    return plots.alt_text(figure, f"Estimated against exact effect of appending a piece. Exact, {'; '.join(told)}.")
+    return plot_style.alt_text(
+        figure, f"Estimated against exact effect of appending a piece. Exact, {'; '.join(told)}."
+    )
 
 
 # %%

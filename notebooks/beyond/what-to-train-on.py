@@ -66,7 +66,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 
-from promptrec import lora, plots
+from promptrec import lora, plot_style, plots
 from promptrec.causal_lm import COMPARED, subset, train_adapter
 from promptrec.data import shipped_triples
 from promptrec.findings import comparison_rows
@@ -224,17 +224,17 @@ reached.round(3)
 # %%
 def gaps(table: pd.DataFrame) -> Figure:
     """Answer loss of each run on rows it was trained on and on held-out ones, joined by a line."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 1.2 + 0.45 * len(table)), layout="constrained")
         axes, places = figure.subplots(), np.arange(len(table))[::-1]
-        axes.hlines(places, table["seen"], table["held out"], color=plots.GREY)
-        for column, colour, marker in zip(("seen", "held out"), plots.PALETTE, "os"):
+        axes.hlines(places, table["seen"], table["held out"], color=plot_style.GREY)
+        for column, colour, marker in zip(("seen", "held out"), plot_style.PALETTE, "os"):
             axes.scatter(table[column], places, color=colour, marker=marker, label=column, zorder=3)
         axes.set_yticks(places, table.index)
         axes.set(xlabel="cross-entropy of the prompt's tokens (nats)")
         axes.legend()
     told = "; ".join(f"{name} {row['seen']:.2f} and {row['held out']:.2f}" for name, row in table.iterrows())
-    return plots.alt_text(figure, f"Answer loss on seen and on held-out rows, by run: {told}.")
+    return plot_style.alt_text(figure, f"Answer loss on seen and on held-out rows, by run: {told}.")
 
 
 gaps(reached)
@@ -283,11 +283,11 @@ passed.round(3)
 # %%
 def overfitting(table: pd.DataFrame) -> Figure:
     """Losses on seen and held-out rows by passes, a panel for each trained loss."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for panel, (loss, part) in zip(axes, table.groupby("loss on")):
-            for column, colour, marker in zip(("seen", "held out"), plots.PALETTE, "os"):
+            for column, colour, marker in zip(("seen", "held out"), plot_style.PALETTE, "os"):
                 panel.plot(part["passes"], part[column], color=colour, marker=marker, label=column)
             panel.set(title=f"loss on the {loss}", xlabel="passes")
         axes[0].set_ylabel("nats a token of the prompt")
@@ -296,7 +296,7 @@ def overfitting(table: pd.DataFrame) -> Figure:
         f"{row['loss on']}, {row['passes']} passes: {row['seen']:.2f} and {row['held out']:.2f}"
         for _, row in table.iterrows()
     )
-    return plots.alt_text(figure, f"Answer loss on seen and on held-out rows while training: {told}.")
+    return plot_style.alt_text(figure, f"Answer loss on seen and on held-out rows while training: {told}.")
 
 
 overfitting(passed)
