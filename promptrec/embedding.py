@@ -30,6 +30,7 @@ from promptrec.text_features import (
     cache_folder,
     digest,
     fingerprint,
+    keep_newest,
     read_arrays,
     save_arrays,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from promptrec.methods import Task
 
 VERSION = 5  # of what is cached: count up when features or training change
+FITS_KEPT = 16  # of 50 to 110 MB each
 
 
 def pair_features(original: np.ndarray, rewritten: np.ndarray) -> np.ndarray:
@@ -93,7 +95,7 @@ class EmbeddingRecoverer:
     """Predicts a posterior over the bank's prompts and decodes it to a string.
 
     `bank` adds prompts to those of the training triples. A table's column `prediction`, where there is one, holds
-    another method's answers: they join the candidates, and prompts like them are believed more (see
+    another method's answers: they join the candidates, and they and prompts like them are believed more (see
     predictor.blend).
     """
 
@@ -105,7 +107,7 @@ class EmbeddingRecoverer:
         bank: Sequence[str] = (),
         settings: PredictorSettings | None = None,
         decoding: DecodingSettings | None = None,
-        answer_trust: float = 6.0,
+        answer_trust: float = 4.0,
         encoder: TextEncoder | None = None,
     ) -> None:
         self.scorer, self.given_bank, self.answer_trust = scorer, list(bank), answer_trust
@@ -132,6 +134,7 @@ class EmbeddingRecoverer:
         else:
             self._fit(train)
             save_arrays(path, **self.features.state, **self.predictor.state())
+            keep_newest(path.parent, FITS_KEPT)
         self.vectors = self.predictor.bank
         self.seconds["fit"] = time.time() - started
         return self
@@ -151,7 +154,7 @@ class EmbeddingRecoverer:
         if "prediction" not in table:
             return believed
         check_cells(table, ["prediction"], "the table")
-        return blend(believed, self.scorer.encode(table["prediction"].tolist()), self.answer_trust)
+        return blend(believed, self.scorer.encode(table["prediction"].tolist())[:, None], [self.answer_trust])
 
     def recover(self, table: pd.DataFrame) -> list[str]:
         """The string found for each row."""

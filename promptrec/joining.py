@@ -230,8 +230,8 @@ def _classifier(labels: np.ndarray, decay: float) -> LogisticRegression | DummyC
 class Blend:
     """The embedding method's posterior after all other methods' answers, decoded once.
 
-    Prompts like a method's answer weigh exp(trust * cos) more; each method's trust, at least 0, is the one with which the
-    blend's mean direction scores best on the validation triples.
+    Prompts like a method's answer weigh more, and so does the answer itself (predictor.blend); each method's trust, at
+    least 0, is the one with which the blend's mean direction scores best on the validation triples.
     """
 
     name = "blend"
@@ -247,7 +247,7 @@ class Blend:
         vectors = encode_candidates(self.embedding.scorer, candidates.to_numpy())
         believed = self.embedding.posterior(validation)
         found = minimize(
-            lambda trusts: -float(scs(blend_answers(believed, vectors, trusts).vectors, truth).mean()),
+            lambda trusts: -float(scs(blend(believed, vectors, trusts).vectors, truth).mean()),
             np.ones(candidates.shape[1]),
             method="Powell",
             bounds=[(0, self.settings.most_trust)] * candidates.shape[1],
@@ -261,18 +261,11 @@ class Blend:
         if not self.trust:
             raise InputError("the blend has no trusts yet; call fit first")
         vectors = encode_candidates(self.embedding.scorer, candidates_of(table)[list(self.trust)].to_numpy())
-        return blend_answers(self.embedding.posterior(table), vectors, list(self.trust.values()))
+        return blend(self.embedding.posterior(table), vectors, list(self.trust.values()))
 
     def recover(self, table: pd.DataFrame) -> list[str]:
         """A string for each row, joined from the bank and its own answers."""
         return self.embedding.decode(self.posterior(table), candidates_of(table).to_numpy().tolist())
-
-
-def blend_answers(posterior: Posterior, answers: np.ndarray, trusts: Sequence[float]) -> Posterior:
-    """predictor.blend with the unit embeddings [n, m, d] of several methods' answers, a trust for each method."""
-    for place, trust in enumerate(trusts):
-        posterior = blend(posterior, answers[:, place], trust)
-    return posterior
 
 
 # --- what METHODS builds

@@ -8,7 +8,7 @@ text_features.py, strings from embedding.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy as np
 from promptrec.scoring import scs, unit
 from promptrec.splits import SAME_PROMPT
 from promptrec.text_features import native_bfloat16
+
+DOUBT = 24.0  # of other methods' answers, on the scale of trust
 
 
 @dataclass(frozen=True)
@@ -45,33 +47,43 @@ class Posterior:
     """What is believed of each row's prompt: weights [n, b] over a bank of unit vectors [b, d].
 
     `expected` [n] is the SCS that the weights' mean direction is expected to reach, calibrated on prompt clusters that
-    the predicting head never saw; None before it is calibrated.
+    the predicting head never saw; None before it is calibrated. `answers` [n, m, d] are prompts that only the row itself
+    holds possible, of weights `shares` [m]; weights and shares sum to 1.
     """
 
     weights: np.ndarray
     bank: np.ndarray
     expected: np.ndarray | None = None
+    answers: np.ndarray | None = None
+    shares: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def __post_init__(self) -> None:
+        if self.answers is None:
+            object.__setattr__(self, "answers", np.zeros((len(self.weights), 0, self.bank.shape[1]), np.float32))
 
     @cached_property
     def vectors(self) -> np.ndarray:
         """Mean direction of each row's belief, unit length, [n, d]."""
-        return unit(self.weights @ self.bank)
+        return unit(self.weights @ self.bank + np.einsum("m,nmd->nd", self.shares, self.answers))
 
     def of(self, rows: Sequence[int]) -> Posterior:
         """The belief of some rows."""
-        return Posterior(self.weights[rows], self.bank, None if self.expected is None else self.expected[rows])
+        expected = None if self.expected is None else self.expected[rows]
+        return replace(self, weights=self.weights[rows], expected=expected, answers=self.answers[rows])
 
     def value(self, row: int, candidates: np.ndarray) -> np.ndarray:
         """Mean SCS of candidates [c, d] under one row's belief, [c]: what ranks them, uncalibrated."""
-        return (candidates @ self.bank.T) ** 3 @ self.weights[row]
+        return self.of([row]).values(candidates)[0]
 
     def values(self, candidates: np.ndarray) -> np.ndarray:
         """Mean SCS of the same candidates [c, d] under every row's belief, [n, c]."""
-        return self.weights @ ((self.bank @ candidates.T) ** 3)
+        own = np.einsum("m,nmc->nc", self.shares, (self.answers @ candidates.T) ** 3)
+        return self.weights @ ((self.bank @ candidates.T) ** 3) + own
 
     def own_values(self, vectors: np.ndarray) -> np.ndarray:
         """Mean SCS of each row's own vector [n, d] under its belief, [n]."""
-        return (self.weights * (vectors @ self.bank.T) ** 3).sum(1)
+        own = np.einsum("nd,nmd->nm", vectors, self.answers) ** 3 @ self.shares
+        return (self.weights * (vectors @ self.bank.T) ** 3).sum(1) + own
 
     def expected_scs(self, candidates: np.ndarray) -> np.ndarray:
         """Calibrated expected SCS of candidates [c, d] for every row, [n, c]."""
@@ -84,13 +96,18 @@ def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:
     return posterior.values(candidates).argmax(1)
 
 
-def blend(posterior: Posterior, answers: np.ndarray, trust: float) -> Posterior:
-    """The posterior after another method's answers (unit embeddings [n, d]): prompts like them weigh exp(trust * cos) more.
+def blend(posterior: Posterior, answers: np.ndarray, trusts: Sequence[float]) -> Posterior:
+    """The posterior after other methods' answers (unit embeddings [n, m, d]), with a trust of at least 0 for each method.
 
-    `expected` stays as it was, because nothing is known of how good the answers are.
+    Prompts of the bank weigh exp(trust * cos) more, and as the bank may lack what an answer found, the answers themselves
+    are believed, too: t / (t + DOUBT) of the belief at a sum of trusts t. `expected` stays as it was, because nothing is
+    known of how good the answers are.
     """
-    weights = posterior.weights * np.exp(trust * (answers @ posterior.bank.T))
-    return replace(posterior, weights=weights / weights.sum(1, keepdims=True))
+    trusts = np.asarray(trusts, np.float32)
+    weights = posterior.weights * np.exp(np.einsum("m,nmd->nd", trusts, answers) @ posterior.bank.T)
+    shares = trusts / (trusts.sum() + DOUBT)
+    weights *= (1 - shares.sum()) / weights.sum(1, keepdims=True)
+    return replace(posterior, weights=weights, answers=answers, shares=shares)
 
 
 def _head(inputs: int, directions: int, given: int, width: int, settings: PredictorSettings):

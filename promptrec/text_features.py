@@ -162,6 +162,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return {}
 
 
+def keep_newest(folder: Path, most: int) -> None:
+    """Remove all but the `most` arrays of a folder that were written last: a cache of large files must not grow for ever."""
+    with suppress(OSError):
+        written = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+        for path in written[:-most]:
+            path.unlink(missing_ok=True)
+
+
 def _pool(torch, states, mask):
     """Layer states [n, t, 384] and mask [n, t, 1] -> float16 [n, pools, 384]."""
     last, length = states[LAYERS[-1]].float(), mask.sum(1)

@@ -36,8 +36,8 @@ def grid(header: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> st
 
 
 def spoken(mean: float, low: float, high: float, sign: str = "") -> str:
-    """A figure with its interval."""
-    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    """A figure with its interval, which no line break divides."""
+    return f"{mean:{sign}.3f} [{low:{sign}.3f},\N{NO-BREAK SPACE}{high:{sign}.3f}]"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -125,7 +125,7 @@ def test_a_table_s_predictions_pull_the_vector_and_join_the_candidates(whole, mi
     assert set(truth).isdisjoint(whole.bank)
     whole.answer_trust = 100.0  # then only what resembles the answers counts
     assert whole.recover(told) != whole.recover(shipped[1])
-    whole.answer_trust = 6.0
+    whole.answer_trust = 4.0
     with pytest.raises(InputError, match="row 2: prediction is blank"):
         whole.recover(told.assign(prediction=[truth[0], " ", *truth[2:]]))
 

@@ -17,7 +17,6 @@ from promptrec.joining import (
     GateTagsClusters,
     JoiningSettings,
     best_order,
-    blend_answers,
     join_answers,
 )
 from promptrec.methods import Joint, Method, Task
@@ -168,20 +167,6 @@ def embedding(minilm, text_encoder, tmp_path_factory) -> EmbeddingRecoverer:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROMPTREC_CACHE", str(tmp_path_factory.mktemp("joining")))
         return EmbeddingRecoverer(minilm, settings=QUICK, encoder=text_encoder).fit(easy(60, 0))
-
-
-def test_answers_shift_the_belief_by_their_trust_and_in_any_order(embedding, minilm):
-    table = easy(6, 1)
-    believed = embedding.posterior(table)
-    vectors = minilm.encode([*table["rewrite_prompt"], *["Bake a cake"] * 6]).reshape(2, 6, -1).transpose(1, 0, 2)
-    assert blend_answers(believed, vectors, [0, 0]).weights == pytest.approx(believed.weights, abs=1e-6)
-    both = blend_answers(believed, vectors, [4, 2]).weights
-    assert both == pytest.approx(blend_answers(believed, vectors[:, ::-1], [2, 4]).weights, abs=1e-6)
-    assert both.sum(1) == pytest.approx(1, abs=1e-5)
-    likeness = [
-        (blend_answers(believed, vectors, [trust, 0]).vectors * vectors[:, 0]).sum(1).mean() for trust in (0, 5, 20)
-    ]
-    assert likeness == sorted(likeness) and likeness[0] < likeness[-1]
 
 
 def test_the_blend_trusts_who_was_right_and_scores_no_less_on_the_rows_it_chose_by(embedding, minilm):

@@ -168,12 +168,32 @@ def test_a_row_s_values_are_its_line_of_all_values():
         assert posterior.value(row, candidates) == pytest.approx(posterior.values(candidates)[row])
 
 
+def random_answers(seed: int, rows: int, methods: int, width: int) -> np.ndarray:
+    return unit(np.random.default_rng([seed, 2]).normal(size=(rows, methods, width))).astype(np.float32)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_blend_moves_towards_the_answers_the_more_they_are_trusted(seed):
-    posterior = random_posterior(30, 12, seed)
-    answers = unit(np.random.default_rng([seed, 2]).normal(size=(30, 12)))
-    similar = answers @ posterior.bank.T
-    moved = [(blend(posterior, answers, trust).weights * similar).sum(1) for trust in (0, 2, 6, 20)]
-    assert moved[0] == pytest.approx((posterior.weights * similar).sum(1))
-    assert all((after > before).all() for before, after in pairwise(moved))
-    assert blend(posterior, answers, 6).weights.sum(1) == pytest.approx(np.ones(30))
+    posterior, answers = random_posterior(30, 12, seed), random_answers(seed, 30, 1, 12)
+    blends = [blend(posterior, answers, [trust]) for trust in (0, 2, 6, 20)]
+    assert blends[0].weights == pytest.approx(posterior.weights)
+    nearness = [(one.vectors * answers[:, 0]).sum(1) for one in blends]
+    assert all((after > before).all() for before, after in pairwise(nearness))
+    assert [one.shares.sum() for one in blends] == pytest.approx([0, 2 / 26, 6 / 30, 20 / 44])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_in_a_blend_answers_count_as_prompts_of_the_row_alone_in_any_order(seed):
+    posterior, answers = random_posterior(6, 8, seed), random_answers(seed, 6, 3, 8)
+    blended, turned = blend(posterior, answers, [4, 0, 2]), blend(posterior, answers[:, ::-1], [2, 0, 4])
+    assert blended.weights.sum(1) + blended.shares.sum() == pytest.approx(np.ones(6))
+    assert blended.vectors == pytest.approx(turned.vectors, abs=1e-6)
+    candidates = unit(np.random.default_rng(seed).normal(size=(9, 8)))
+    for row in range(6):
+        weights = np.concatenate([blended.weights[[row]], blended.shares[None]], axis=1)
+        alone = Posterior(weights, np.concatenate([posterior.bank, answers[row]]))
+        assert blended.of([row]).vectors == pytest.approx(alone.vectors, abs=1e-6)
+        assert blended.value(row, candidates) == pytest.approx(alone.value(0, candidates), abs=1e-6)
+        own = blended.own_values(blended.vectors)[row]
+        assert own == pytest.approx(alone.own_values(alone.vectors)[0], abs=1e-6)
+        assert own == pytest.approx(blended.value(row, blended.vectors[[row]])[0], abs=1e-6)

@@ -1,5 +1,6 @@
 """Features of pairs: embeddings are kept and right, words that came are found, and a fit comes back as it was saved."""
 
+import os
 from collections import Counter
 
 import numpy as np
@@ -20,6 +21,7 @@ from promptrec.text_features import (
     came_words,
     digest,
     frequent_words,
+    keep_newest,
     read_arrays,
     save_arrays,
     style_counts,
@@ -101,6 +103,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(new_encoder, monkeypatch
     monkeypatch.setattr("pathlib.Path.unlink", refuse)  # a read-only disk refuses to delete what is not there, too
     save_arrays(tmp_path / "other" / "a.npz", a=np.ones(1))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("most, left", [(1, ["2.npz"]), (2, ["0.npz", "2.npz"]), (9, ["0.npz", "1.npz", "2.npz"])])
+def test_only_the_newest_fits_are_kept(tmp_path, most, left):
+    for name, written in (("0.npz", 20), ("1.npz", 10), ("2.npz", 30)):
+        save_arrays(tmp_path / name, a=np.ones(1))
+        os.utime(tmp_path / name, (written, written))
+    (tmp_path / "note.txt").write_text("not a fit")
+    keep_newest(tmp_path, most)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "note.txt"]
+    keep_newest(tmp_path / "none", most)
 
 
 def test_a_damaged_shard_is_embedded_anew_and_mended(new_encoder):

@@ -389,7 +389,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from promptrec import choosing, joining, plots
+from promptrec import choosing, joining, plots, predictor
 from promptrec.comparison import interval
 from promptrec.data import shipped_triples
 from promptrec.embedding import EmbeddingRecoverer, RetrievalRecoverer
@@ -610,9 +610,10 @@ note({"gate, tags, clusters": gated.recover(asked)})
 # ### One posterior from everything
 #
 # Joining strings throws away how sure each method was. The **blend** keeps it: the embedding method's posterior is the
-# prior, and each answer raises the prompts that are like it,
-# $w_b \propto p_b \, e^{\sum_k t_k \cos(a_k, b)}$, with one trust $t_k \ge 0$ for each method. The trusts are those with
-# which the blend's mean direction scores best on the validation rows, and only the result is decoded to a string, once.
+# prior, and each answer raises the prompts of the bank that are like it,
+# $w_b \propto p_b \, e^{\sum_k t_k \cos(a_k, b)}$, with one trust $t_k \ge 0$ for each method. The bank may lack what an
+# answer found, so each answer is believed itself, too, by $t_k / (24 + \sum_k t_k)$. The trusts are those with which the
+# blend's mean direction scores best on the validation rows, and only the result is decoded to a string, once.
 
 # %%
 believed = embedding.posterior(held)
@@ -620,8 +621,9 @@ answers = choosing.encode_candidates(scorer, choosing.candidates_of(held).to_num
 trust = 4.0 * np.eye(answers.shape[1])[1]  # by hand: trust the second method only
 moved = np.log(believed.weights) + trust @ (answers @ believed.bank.T)  # [n, bank]
 moved = np.exp(moved - moved.max(1, keepdims=True))
-same = joining.blend_answers(believed, answers, trust).weights
-print("the same weights:", np.allclose(moved / moved.sum(1, keepdims=True), same, atol=1e-5))
+moved, shares = moved / moved.sum(1, keepdims=True), trust / (24 + trust.sum())
+mean = (1 - shares.sum()) * moved @ believed.bank + np.einsum("k,nkd->nd", shares, answers)
+print("the same vectors:", np.allclose(unit(mean), predictor.blend(believed, answers, trust).vectors, atol=1e-5))
 
 # %%
 blend = joining.Blend(embedding, override(joining.JoiningSettings(), seed=ensemble.seed)).fit(held)
