@@ -99,6 +99,7 @@ def measure(trial: Trial, train: pd.DataFrame, bank: Sequence[str]) -> dict:
         "string": trial.told(string),
         "lost_in_decoding": trial.told(vector - string),
         "expected_of_vector": float(posterior.expected.mean()),
+        "expected_of_string": float(posterior.expected_scs(scorer.encode(texts)).mean()),
         "expected_correlates": float(np.corrcoef(posterior.expected, vector)[0, 1]),
         "bank_prompt_by_bayes_risk": trial.told(trial.scores(bank_vectors[choose(posterior, bank_vectors)])),
         "bank_prompt_nearest": trial.told(trial.scores(bank_vectors[(posterior.vectors @ bank_vectors.T).argmax(1)])),

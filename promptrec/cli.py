@@ -139,9 +139,14 @@ def recover(
         return
     write_table(predictions, out)
     remove_parts(out)
-    facts = {"rows": len(predictions), "method": name, **processes()}
+    facts, told = {"rows": len(predictions), "method": name, **processes()}, ""
+    if hasattr(recoverer, "expected_scs"):
+        facts["expected_scs"] = float(recoverer.expected_scs(rows, predictions["rewrite_prompt"]).mean())
+        told = f", expected mean SCS {facts['expected_scs']:.3f} under {recoverer.scorer.name}"
     write_manifest(out, started=started, profile=chosen.name, seed=seed, **facts)
-    print(f"{len(predictions)} prompts recovered by {name} in {out} ({time.time() - started:.0f} s){_by_several()}")
+    print(
+        f"{len(predictions)} prompts recovered by {name} in {out}{told} ({time.time() - started:.0f} s){_by_several()}"
+    )
 
 
 @app.command()

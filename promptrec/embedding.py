@@ -160,6 +160,10 @@ class EmbeddingRecoverer:
         """The string found for each row."""
         return self.decode(self.posterior(table), [[answer] for answer in table.get("prediction", ())])
 
+    def expected_scs(self, table: pd.DataFrame, answers: Sequence[str]) -> np.ndarray:
+        """The SCS that each row's answer is expected to reach, [n], before the truth is known."""
+        return self.posterior(table).expected_scs(self.scorer.encode(list(answers)))
+
     def decode(self, posterior: Posterior, answers: Sequence[Sequence[str]] = ()) -> list[str]:
         """A string near each row's vector: joined from the bank and the row's own `answers`, then searched on from."""
         started = time.time()

@@ -85,10 +85,9 @@ class Posterior:
         own = np.einsum("nd,nmd->nm", vectors, self.answers) ** 3 @ self.shares
         return (self.weights * (vectors @ self.bank.T) ** 3).sum(1) + own
 
-    def expected_scs(self, candidates: np.ndarray) -> np.ndarray:
-        """Calibrated expected SCS of candidates [c, d] for every row, [n, c]."""
-        own = np.maximum(self.own_values(self.vectors), 1e-9)
-        return (self.expected / own)[:, None] * self.values(candidates)
+    def expected_scs(self, vectors: np.ndarray) -> np.ndarray:
+        """Calibrated expected SCS of each row's own vector [n, d], [n]: what the mean direction's is, in proportion."""
+        return self.expected * self.own_values(vectors) / np.maximum(self.own_values(self.vectors), 1e-9)
 
 
 def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:

@@ -7,7 +7,11 @@ import sys
 
 import pandas as pd
 import pytest
+from easy_triples import easy
 
+from promptrec.decoding import DecodingSettings
+from promptrec.embedding import EmbeddingRecoverer
+from promptrec.predictor import PredictorSettings
 from promptrec.prompt_bank import grammar_prompts
 from promptrec.scoring import get_scorer
 from promptrec.submission import FALLBACK
@@ -177,6 +181,18 @@ def test_recover_writes_predictions_and_a_manifest(cli, inputs, ending):
     assert {key: manifest[key] for key in ("artefact", "profile", "seed", "rows", "config")} == {
         "artefact": f"p.{ending}", "profile": "local", "seed": 3, "rows": 3, "config": {"method": "constant"}
     }  # fmt: skip
+
+
+def test_recover_tells_what_it_expects_where_the_method_knows(cli, inputs, minilm, monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMPTREC_CACHE", str(tmp_path / "cache"))
+    settings = PredictorSettings(folds=2, epochs=2, batch_size=16, hidden=16)
+    fitted = EmbeddingRecoverer(minilm, settings=settings, decoding=DecodingSettings(evaluations=0)).fit(easy(24, 0))
+    monkeypatch.setattr("promptrec.methods.make_recoverer", lambda *_: fitted)
+    code, out, _ = cli("recover", "in.csv", "--out", "p.csv")
+    expected = json.loads((inputs / "p.csv.manifest.json").read_text())["config"]["expected_scs"]
+    answers = read_table(inputs / "p.csv")["rewrite_prompt"]
+    assert expected == pytest.approx(fitted.expected_scs(TRIPLES, answers).mean(), abs=1e-6)
+    assert code == 0 and f"p.csv, expected mean SCS {expected:.3f} under MiniLM (proxy) (" in out
 
 
 def test_rows_without_ids_are_numbered(cli, inputs):

@@ -115,6 +115,17 @@ def test_every_row_gets_a_string_within_the_token_budget(whole, minilm, shipped,
     assert set(whole.seconds) == {"fit", "decode"}
 
 
+def test_more_is_expected_of_an_answer_than_of_another_row_s_or_of_none(whole, shipped):
+    whole.decoding = DecodingSettings(evaluations=0)
+    answers = whole.recover(shipped[1])
+    own, dealt, junk = (
+        whole.expected_scs(shipped[1], texts)
+        for texts in (answers, answers[1:] + answers[:1], ["Bake a cake"] * len(answers))
+    )
+    assert own.shape == (len(answers),) and (own > 0).all()
+    assert own.mean() > dealt.mean() > junk.mean()
+
+
 def test_a_table_s_predictions_pull_the_vector_and_join_the_candidates(whole, minilm, shipped):
     whole.decoding = DecodingSettings(evaluations=0, joined=1)
     truth = shipped[1]["rewrite_prompt"].tolist()

@@ -145,7 +145,7 @@ def test_the_choice_is_never_expected_to_score_less_than_the_nearest_candidate(s
     rng = np.random.default_rng([seed, 1])
     posterior = random_posterior(int(rng.integers(1, 30)), int(rng.integers(2, 20)), seed)
     candidates = unit(rng.normal(size=(int(rng.integers(1, 40)), posterior.bank.shape[1])))
-    expected, rows = posterior.expected_scs(candidates), np.arange(len(posterior.weights))
+    expected, rows = posterior.values(candidates), np.arange(len(posterior.weights))
     nearest = (posterior.vectors @ candidates.T).argmax(1)
     assert (expected[rows, choose(posterior, candidates)] >= expected[rows, nearest]).all()
 
@@ -159,7 +159,7 @@ def test_the_choice_is_not_always_the_nearest_one():
 
 def test_the_vector_itself_is_expected_to_reach_what_the_calibration_says():
     posterior = random_posterior(6, 8, 0)
-    assert np.diag(posterior.expected_scs(posterior.vectors)) == pytest.approx(posterior.expected)
+    assert posterior.expected_scs(posterior.vectors) == pytest.approx(posterior.expected)
 
 
 def test_a_row_s_values_are_its_line_of_all_values():

@@ -386,15 +386,19 @@ plots.method_intervals(summary)
 #
 # ### Five answers
 #
-# As they came, good and bad:
+# As they came, good and bad. What is expected of a string is what is expected of the vector, in proportion to their mean
+# scores under the posterior (`promptrec recover` tells the mean over all rows):
 
 # %%
-shown = np.linspace(0, len(test) - 1, 5).astype(int)
+shown, hoped = np.linspace(0, len(test) - 1, 5).astype(int), posterior.expected_scs(scorer.encode(searched))
+print(
+    f"all {len(test)} strings: expected {hoped.mean():.3f}, reached {scorer.scs(searched, test['rewrite_prompt']).mean():.3f}\n"
+)
 for number in shown:
     reached = float(scorer.scs([searched[number]], [test["rewrite_prompt"][number]])[0])
     print(told_as("asked:", test["rewrite_prompt"][number]))
     print(told_as("answered:", searched[number]))
-    print(told_as("", f"expected {posterior.expected[number]:.2f} of the vector, reached {reached:.2f}"), end="\n\n")
+    print(told_as("", f"expected {hoped[number]:.2f}, reached {reached:.2f}"), end="\n\n")
 
 # %% [markdown]
 # ## On real rewrites by Gemma
