@@ -21,7 +21,7 @@ from promptrec.errors import InputError
 from promptrec.inference import check_pairs
 from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend
 from promptrec.profiles import override
-from promptrec.scoring import Scorer, unit
+from promptrec.scoring import Scorer, get_scorer, unit
 from promptrec.splits import clusters_of
 from promptrec.text_features import (
     LAST,
@@ -143,8 +143,10 @@ class EmbeddingRecoverer:
         vectors, prompts = self.scorer.encode(self.bank), self.scorer.encode(train["rewrite_prompt"].tolist())
         self.features = PairFeatures(self.encoder)
         given = self.features.fit_transform(train)
-        clusters = clusters_of(train["rewrite_prompt"])
-        self.predictor = PromptPredictor(self.settings).fit(*given, prompts, vectors, clusters)
+        clusters, minilm = clusters_of(train["rewrite_prompt"]), get_scorer("minilm")
+        texts = (train["rewrite_prompt"].tolist(), self.bank)
+        keys = None if self.scorer.name == minilm.name else tuple(map(minilm.encode, texts))
+        self.predictor = PromptPredictor(self.settings).fit(*given, prompts, vectors, clusters, keys)
 
     def posterior(self, table: pd.DataFrame) -> Posterior:
         """What is believed of each row's prompt."""

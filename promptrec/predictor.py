@@ -1,8 +1,8 @@
 """Predict a prompt from pair features: heads that weigh a bank of prompts, calibrated on prompt clusters left out.
 
-A head attends over the bank's embeddings and is trained for the cos^3 of what it finds, with every prompt near the true
-one hidden, so that it learns to place prompts that no bank holds. The predictor knows no texts: features come from
-text_features.py, strings from embedding.py.
+A head attends over the bank: keys are its prompts as the texts' encoder embeds them, values as the scorer does. It is
+trained for the cos^3 of what it finds, with every prompt near the true one hidden, so that it learns to place prompts that
+no bank holds. The predictor knows no texts: features come from text_features.py, strings from embedding.py.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def blend(posterior: Posterior, answers: np.ndarray, trusts: Sequence[float]) ->
 
 
 def _head(inputs: int, directions: int, given: int, width: int, settings: PredictorSettings):
-    """Flat features [n, f] and directions [n, k, e] -> scores [n, b] of a bank's embeddings [b, d].
+    """Flat features [n, f] and directions [n, k, e] -> scores [n, b] of a bank's keys [b, width].
 
-    A row's query is the sum of what its features say and of its turned directions; a prompt's score is its product with
-    the query, and softmax makes weights of the scores.
+    A row's query is the sum of what its features say and of its turned directions; a prompt's score is its key's product
+    with the query, and softmax makes weights of the scores.
     """
     import torch
     from torch import nn
@@ -137,12 +137,12 @@ def _head(inputs: int, directions: int, given: int, width: int, settings: Predic
             for turn in self.turns:
                 nn.init.eye_(turn.weight)
 
-        def forward(self, flat, directions, bank, hidden=None):
+        def forward(self, flat, directions, keys, hidden=None):
             turned = zip(self.shares, self.turns, directions.unbind(1), strict=True)
             query = normalize(self.body(flat), dim=-1) + sum(
                 share * normalize(turn(direction), dim=-1) for share, turn, direction in turned
             )
-            scores = (query * self.sharpness.exp()) @ bank.T
+            scores = (query * self.sharpness.exp()) @ keys.T
             return scores if hidden is None else scores.masked_fill(hidden, -1e4)
 
     return Head()
@@ -155,10 +155,21 @@ class PromptPredictor:
         self.settings, self.heads = settings or PredictorSettings(), []
 
     def fit(
-        self, flat: np.ndarray, directions: np.ndarray, prompts: np.ndarray, bank: np.ndarray, clusters: np.ndarray
+        self,
+        flat: np.ndarray,
+        directions: np.ndarray,
+        prompts: np.ndarray,
+        bank: np.ndarray,
+        clusters: np.ndarray,
+        keys: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> PromptPredictor:
-        """Fit to prompt embeddings [n, d] with a bank [b, d]; rows of one cluster are in one fold."""
-        self.bank, self.shape, self.heads = bank, (flat.shape[1], *directions.shape[1:], bank.shape[1]), []
+        """Fit to prompt embeddings [n, d] with a bank [b, d]; rows of one cluster are in one fold.
+
+        `keys` are MiniLM's embeddings of the same prompts [n, k] and bank [b, k], where another encoder scores: queries are
+        compared with them, and SAME_PROMPT is a cosine between them. Under sentence-t5 every two prompts are alike.
+        """
+        wanted, self.keys = keys or (prompts, bank)
+        self.bank, self.shape, self.heads = bank, (flat.shape[1], *directions.shape[1:], self.keys.shape[1]), []
         folds = np.random.default_rng(self.settings.seed).integers(self.settings.folds, size=clusters.max() + 1)[
             clusters
         ]
@@ -168,15 +179,16 @@ class PromptPredictor:
             inside, outside = folds != fold, folds == fold
             if not inside.any():
                 inside = outside
-            self.heads.append(self._train(flat[inside], directions[inside], prompts[inside], importance[inside], fold))
+            known = (one[inside] for one in (flat, directions, prompts, wanted, importance))
+            self.heads.append(self._train(*known, fold))
             if outside.any():
-                hidden = prompts[outside] @ bank.T >= SAME_PROMPT
+                hidden = wanted[outside] @ self.keys.T >= SAME_PROMPT
                 weights = self._ask(self.heads[-1:], flat[outside], directions[outside], hidden)
                 believed = Posterior(weights, bank)
                 claimed[outside] = believed.own_values(believed.vectors)
                 reached[outside] = scs(believed.vectors, prompts[outside])
         self._calibrate(claimed, reached)
-        self.heads.append(self._train(flat, directions, prompts, importance, self.settings.folds))
+        self.heads.append(self._train(flat, directions, prompts, wanted, importance, self.settings.folds))
         return self
 
     def predict(self, flat: np.ndarray, directions: np.ndarray) -> Posterior:
@@ -186,15 +198,16 @@ class PromptPredictor:
         expected = np.interp(believed.own_values(believed.vectors), *self.calibration)
         return replace(believed, expected=expected.astype(np.float32))
 
-    def _train(self, flat, directions, prompts, importance, fold):
+    def _train(self, flat, directions, prompts, wanted, importance, fold):
         import torch
 
         settings, rows, fast = self.settings, len(flat), native_bfloat16()
         torch.manual_seed(settings.seed * 100 + fold)
-        head, bank = _head(*self.shape, settings), torch.from_numpy(self.bank)
-        flat, directions, prompts = map(torch.from_numpy, (flat, directions, prompts))
+        head, keys = _head(*self.shape, settings), torch.from_numpy(self.keys)
+        flat, directions, prompts, wanted = map(torch.from_numpy, (flat, directions, prompts, wanted))
         importance = torch.from_numpy(importance.astype(np.float32))
-        shown = bank.bfloat16() if fast else bank
+        kind = torch.bfloat16 if fast else torch.float32
+        shown, values = keys.to(kind), torch.from_numpy(self.bank).to(kind)
         optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
         size = min(settings.batch_size, rows)
         steps = max(min(settings.epochs * (rows // size), settings.most_steps), 2)
@@ -205,13 +218,13 @@ class PromptPredictor:
             if step % (rows // size) == 0:
                 order = torch.randperm(rows)
             batch = order[step % (rows // size) * size :][:size]
-            share, alike = importance[batch] / importance[batch].sum(), prompts[batch] @ bank.T
+            share, alike = importance[batch] / importance[batch].sum(), wanted[batch] @ keys.T
             hidden = alike >= SAME_PROMPT
             with torch.autocast("cpu", torch.bfloat16, enabled=fast):  # twice as fast, scores as before
                 likely = head(flat[batch], directions[batch], shown, hidden).float().log_softmax(-1)
-                found = torch.nn.functional.normalize((likely.exp() @ shown).float(), dim=-1)
-            wanted = (settings.likeness_sharpness * alike).masked_fill(hidden, -1e4).softmax(-1)
-            gain = (found * prompts[batch]).sum(-1) ** 3 + settings.likeness_weight * (wanted * likely).sum(-1)
+                found = torch.nn.functional.normalize((likely.exp() @ values).float(), dim=-1)
+            spread = (settings.likeness_sharpness * alike).masked_fill(hidden, -1e4).softmax(-1)
+            gain = (found * prompts[batch]).sum(-1) ** 3 + settings.likeness_weight * (spread * likely).sum(-1)
             optimizer.zero_grad()
             (-(gain * share).sum()).backward()
             optimizer.step()
@@ -222,12 +235,12 @@ class PromptPredictor:
         """Mean weights of the heads, [n, bank]."""
         import torch
 
-        weights, bank = [], torch.from_numpy(self.bank)
+        weights, keys = [], torch.from_numpy(self.keys)
         with torch.inference_mode():
             for start in range(0, len(flat), block):
                 part = slice(start, start + block)
                 mask = None if hidden is None else torch.from_numpy(hidden[part])
-                given = torch.from_numpy(flat[part]), torch.from_numpy(directions[part]), bank, mask
+                given = torch.from_numpy(flat[part]), torch.from_numpy(directions[part]), keys, mask
                 weights.append((sum(head(*given).softmax(-1) for head in heads) / len(heads)).numpy())
         return np.concatenate(weights)
 
@@ -243,7 +256,7 @@ class PromptPredictor:
     def state(self) -> dict[str, np.ndarray]:
         """Everything fitted, as arrays."""
         arrays = {"bank": self.bank, "shape": np.array(self.shape), "calibration": self.calibration}
-        arrays["held_out"] = np.array(self.held_out)
+        arrays |= {"held_out": np.array(self.held_out)} | ({} if self.keys is self.bank else {"keys": self.keys})
         for number, head in enumerate(self.heads):
             arrays |= {f"head{number}.{key}": value.numpy() for key, value in head.state_dict().items()}
         return arrays
@@ -255,6 +268,7 @@ class PromptPredictor:
 
         self = cls(settings)
         self.bank, self.shape = arrays["bank"], tuple(arrays["shape"].tolist())
+        self.keys = arrays.get("keys", self.bank)
         self.calibration, self.held_out = arrays["calibration"], float(arrays["held_out"])
         for number in range(settings.folds + 1):
             mark = f"head{number}."

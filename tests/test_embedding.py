@@ -141,6 +141,14 @@ def test_a_table_s_predictions_pull_the_vector_and_join_the_candidates(whole, mi
         whole.recover(told.assign(prediction=[truth[0], " ", *truth[2:]]))
 
 
+def test_prompts_are_compared_as_minilm_embeds_them_whatever_scores(whole, minilm, cache, word_scorer, text_encoder):
+    other = recoverer(word_scorer, text_encoder).fit(easy(20, 0))
+    for fitted in (other, recoverer(word_scorer, text_encoder).fit(easy(20, 0))):  # made, then read
+        assert np.allclose(fitted.predictor.keys, minilm.encode(other.bank), atol=1e-6)
+        assert fitted.vectors.shape[1] == 64
+    assert whole.predictor.keys is whole.predictor.bank
+
+
 def test_the_second_fit_of_the_same_triples_is_read(cache, word_scorer, text_encoder, monkeypatch):
     train, test = easy(20, 0), easy(6, 1)
     first = recoverer(word_scorer, text_encoder).fit(train)

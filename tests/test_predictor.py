@@ -89,6 +89,29 @@ def test_a_predictor_comes_back_exactly_from_what_was_saved(tmp_path):
         assert np.array_equal(getattr(believed, name), getattr(again, name)), name
 
 
+def test_where_the_scorer_finds_all_prompts_alike_another_encoder_s_keys_tell_them_apart(tmp_path):
+    def as_scored(vectors: np.ndarray) -> np.ndarray:  # cosines from .75 up, as sentence-t5 has them
+        return np.concatenate([np.full((len(vectors), 1), 0.75**0.5), 0.5 * vectors], axis=1).astype(np.float32)
+
+    flat, directions, prompts, numbers = synthetic(80, 640, seed=1)
+    bank, (unseen, pointing, truth, _) = np.unique(prompts, axis=0), synthetic(40, 200, seed=2)
+    believed = {}
+    for name, keys in (("without", None), ("with", (prompts, bank))):
+        predictor = PromptPredictor(QUICK).fit(flat, directions, as_scored(prompts), as_scored(bank), numbers, keys)
+        save_arrays(tmp_path / f"{name}.npz", **predictor.state())
+        with np.load(tmp_path / f"{name}.npz", allow_pickle=False) as saved:
+            loaded = PromptPredictor.load(dict(saved), QUICK)
+        believed[name] = loaded.predict(unseen, pointing)
+        assert np.array_equal(believed[name].weights, predictor.predict(unseen, pointing).weights)
+    reached = {name: scs(unit(one.weights @ bank), truth).mean() for name, one in believed.items()}
+    same = scs(fitted().predict(unseen, pointing).vectors, truth).mean()
+    assert reached["with"] > reached["without"] + 0.05 and reached["with"] > same - 0.05
+    assert (
+        scs(believed["with"].vectors, as_scored(truth)).mean()
+        > scs(believed["without"].vectors, as_scored(truth)).mean()
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_one_prompt_is_enough_to_fit_on(rows):
     flat, directions, prompts, numbers = synthetic(1, rows, seed=1)

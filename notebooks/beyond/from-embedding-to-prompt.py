@@ -160,7 +160,9 @@ print("came: ", came)
 # The prediction is not one vector but a **weight for each prompt of a bank**, here the training prompts and the shipped
 # list. A small network turns the features into a query, to which the embeddings of the texts and of what changed are
 # added, each turned by a matrix of its own. The query's product with every prompt of the bank, through a softmax, is the
-# weights: attention, with the bank as keys and values. What it predicts is the weighted mean of the bank's embeddings.
+# weights: attention. Keys are the bank's prompts as the texts' encoder embeds them, values as the scorer does, here the
+# same; under sentence-t5, to which all prompts are alike, the difference counts. What is predicted is the weighted mean of
+# the values.
 #
 # Two things make it work. It is trained on the score itself: the loss is $-\cos^3$ between that mean and the true
 # prompt's embedding. And in training **every prompt near the true one is hidden** from the bank, as it will be when the
