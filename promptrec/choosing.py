@@ -22,7 +22,7 @@ from promptrec.inference import answer_column, check_pairs
 from promptrec.language_model import answer_log_likelihood, load_model, load_tokenizer, token_ids
 from promptrec.predictor import Posterior, choose
 from promptrec.profiles import preset
-from promptrec.scoring import Scorer
+from promptrec.scoring import Scorer, encode_candidates
 from promptrec.tables import progress
 from promptrec.templates import rewrite_request, user_turn
 
@@ -61,11 +61,6 @@ def candidates_of(table: pd.DataFrame) -> pd.DataFrame:
         raise InputError("the table has no other method's answers (columns answer:METHOD); name some in Method.needs")
     check_cells(table, columns, "the table")
     return table[columns].rename(columns=lambda column: column.removeprefix(answer_column("")))
-
-
-def encode_candidates(scorer: Scorer, candidates: np.ndarray) -> np.ndarray:
-    """Unit embeddings [n, m, d] of texts [n, m]."""
-    return scorer.encode(candidates.ravel().tolist()).reshape(*candidates.shape, -1)
 
 
 # --- choosing one of them

@@ -8,8 +8,9 @@ decoding turns them into a string (decoding.py). Fitted once for a training set,
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from promptrec.errors import InputError
 from promptrec.inference import check_pairs
 from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend
 from promptrec.profiles import override
-from promptrec.scoring import Scorer, get_scorer, unit
+from promptrec.scoring import MiniLMScorer, Scorer, encode_candidates, get_scorer, unit
 from promptrec.splits import clusters_of
 from promptrec.text_features import (
     LAST,
@@ -143,10 +144,14 @@ class EmbeddingRecoverer:
         vectors, prompts = self.scorer.encode(self.bank), self.scorer.encode(train["rewrite_prompt"].tolist())
         self.features = PairFeatures(self.encoder)
         given = self.features.fit_transform(train)
-        clusters, minilm = clusters_of(train["rewrite_prompt"]), get_scorer("minilm")
-        texts = (train["rewrite_prompt"].tolist(), self.bank)
-        keys = None if self.scorer.name == minilm.name else tuple(map(minilm.encode, texts))
+        clusters, texts = clusters_of(train["rewrite_prompt"]), (train["rewrite_prompt"].tolist(), self.bank)
+        keys = None if self.is_minilm else tuple(map(get_scorer("minilm").encode, texts))
         self.predictor = PromptPredictor(self.settings).fit(*given, prompts, vectors, clusters, keys)
+
+    @property
+    def is_minilm(self) -> bool:
+        """Whether what scores is what compares prompts, too."""
+        return self.scorer.name == MiniLMScorer.name
 
     def posterior(self, table: pd.DataFrame) -> Posterior:
         """What is believed of each row's prompt."""
@@ -156,7 +161,14 @@ class EmbeddingRecoverer:
         if "prediction" not in table:
             return believed
         check_cells(table, ["prediction"], "the table")
-        return blend(believed, self.scorer.encode(table["prediction"].tolist())[:, None], [self.answer_trust])
+        return self.after(believed, table[["prediction"]].to_numpy())([self.answer_trust])
+
+    def after(self, believed: Posterior, answers: np.ndarray) -> Callable[[Sequence[float]], Posterior]:
+        """function(a trust for each method) -> what is believed after other methods' answers, texts [n, methods]."""
+        vectors, keys = encode_candidates(self.scorer, answers), None
+        if not self.is_minilm:
+            keys = encode_candidates(get_scorer("minilm"), answers), self.predictor.keys
+        return partial(blend, believed, vectors, keys=keys)
 
     def recover(self, table: pd.DataFrame) -> list[str]:
         """The string found for each row."""

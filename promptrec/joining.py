@@ -24,12 +24,12 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from promptrec.choosing import candidates_of, encode_candidates
+from promptrec.choosing import candidates_of
 from promptrec.data import check_cells
 from promptrec.embedding import EmbeddingRecoverer, build_embedding
 from promptrec.errors import InputError
 from promptrec.inference import answer_column, best_constant
-from promptrec.predictor import Posterior, blend
+from promptrec.predictor import Posterior
 from promptrec.profiles import override
 from promptrec.scoring import Scorer, scs
 from promptrec.submission import FALLBACK
@@ -244,10 +244,9 @@ class Blend:
         """Find the trusts on validation triples with the methods' answers."""
         truth = self.embedding.scorer.encode(truth_of(validation))
         candidates = candidates_of(validation)
-        vectors = encode_candidates(self.embedding.scorer, candidates.to_numpy())
-        believed = self.embedding.posterior(validation)
+        after = self.embedding.after(self.embedding.posterior(validation), candidates.to_numpy())
         found = minimize(
-            lambda trusts: -float(scs(blend(believed, vectors, trusts).vectors, truth).mean()),
+            lambda trusts: -float(scs(after(trusts).vectors, truth).mean()),
             np.ones(candidates.shape[1]),
             method="Powell",
             bounds=[(0, self.settings.most_trust)] * candidates.shape[1],
@@ -260,8 +259,8 @@ class Blend:
         """What is believed of each row's prompt after all answers."""
         if not self.trust:
             raise InputError("the blend has no trusts yet; call fit first")
-        vectors = encode_candidates(self.embedding.scorer, candidates_of(table)[list(self.trust)].to_numpy())
-        return blend(self.embedding.posterior(table), vectors, list(self.trust.values()))
+        answers = candidates_of(table)[list(self.trust)].to_numpy()
+        return self.embedding.after(self.embedding.posterior(table), answers)(list(self.trust.values()))
 
     def recover(self, table: pd.DataFrame) -> list[str]:
         """A string for each row, joined from the bank and its own answers."""

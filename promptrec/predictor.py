@@ -95,15 +95,22 @@ def choose(posterior: Posterior, candidates: np.ndarray) -> np.ndarray:
     return posterior.values(candidates).argmax(1)
 
 
-def blend(posterior: Posterior, answers: np.ndarray, trusts: Sequence[float]) -> Posterior:
+def blend(
+    posterior: Posterior,
+    answers: np.ndarray,
+    trusts: Sequence[float],
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Posterior:
     """The posterior after other methods' answers (unit embeddings [n, m, d]), with a trust of at least 0 for each method.
 
     Prompts of the bank weigh exp(trust * cos) more, and as the bank may lack what an answer found, the answers themselves
     are believed, too: t / (t + DOUBT) of the belief at a sum of trusts t. `expected` stays as it was, because nothing is
-    known of how good the answers are.
+    known of how good the answers are. `keys` are MiniLM's embeddings of answers [n, m, k] and bank [b, k], where another
+    encoder scores: the cosine is between them.
     """
+    asked, bank = keys or (answers, posterior.bank)
     trusts = np.asarray(trusts, np.float32)
-    weights = posterior.weights * np.exp(np.einsum("m,nmd->nd", trusts, answers) @ posterior.bank.T)
+    weights = posterior.weights * np.exp(np.einsum("m,nmk->nk", trusts, asked) @ bank.T)
     shares = trusts / (trusts.sum() + DOUBT)
     weights *= (1 - shares.sum()) / weights.sum(1, keepdims=True)
     return replace(posterior, weights=weights, answers=answers, shares=shares)

@@ -203,6 +203,11 @@ def profile_scorer(profile: Profile) -> Scorer:
     return get_scorer(profile.scorer, profile.scorer_model)
 
 
+def encode_candidates(scorer: Scorer, candidates: np.ndarray) -> np.ndarray:
+    """Unit embeddings [n, m, d] of texts [n, m]."""
+    return scorer.encode(candidates.ravel().tolist()).reshape(*candidates.shape, -1)
+
+
 def check_predictions(predictions: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """Truth and prediction side by side (id, prediction, rewrite_prompt), in the order of `truth`.
 

@@ -220,3 +220,11 @@ def test_in_a_blend_answers_count_as_prompts_of_the_row_alone_in_any_order(seed)
         own = blended.own_values(blended.vectors)[row]
         assert own == pytest.approx(alone.own_values(alone.vectors)[0], abs=1e-6)
         assert own == pytest.approx(blended.value(row, blended.vectors[[row]])[0], abs=1e-6)
+
+
+def test_answers_are_compared_by_the_keys_where_there_are_any():
+    posterior, answers = random_posterior(6, 8, 0), random_answers(0, 6, 2, 8)
+    scored = Posterior(posterior.weights, unit(posterior.bank + 3))  # a scorer that finds all prompts alike
+    blended = blend(scored, unit(answers + 3), [4, 1], keys=(answers, posterior.bank))
+    assert blended.weights == pytest.approx(blend(posterior, answers, [4, 1]).weights, abs=1e-6)
+    assert np.array_equal(blended.bank, scored.bank) and np.array_equal(blended.answers, unit(answers + 3))
