@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "compare.json"
 TABLES = ROOT / "docs" / "comparison-tables.md"
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "promptrec"}
-HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s: fit, answer; MiB")
+HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s (fit, answer); MiB")
 
 
 def figure_name(source: str) -> str:
@@ -35,9 +35,14 @@ def grid(header: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> st
     return "\n".join([line(header), ruler, *map(line, rows)])
 
 
+def figure(value: float, sign: str = "") -> str:
+    """Three digits without the zero before the point: the table has to fit the page."""
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
 def spoken(mean: float, low: float, high: float, sign: str = "") -> str:
     """A figure with its interval, which no line break divides."""
-    return f"{mean:{sign}.3f} [{low:{sign}.3f},\N{NO-BREAK SPACE}{high:{sign}.3f}]"
+    return f"{figure(mean, sign)} [{figure(low, sign)},\N{NO-BREAK SPACE}{figure(high, sign)}]"
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -47,9 +52,9 @@ def markdown(table: pd.DataFrame) -> str:
             row.method,
             spoken(row.mean, row.low, row.high),
             spoken(row.difference, row.difference_low, row.difference_high, "+"),
-            f"{row.dealt:.3f}",
+            figure(row.dealt),
             f"{row.distinct:.0%}, {row.words:.0f}",
-            f"{row.seeds} ({row.spread:.3f})" if row.seeds > 1 else f"{row.seeds}",
+            f"{row.seeds} ({figure(row.spread)})" if row.seeds > 1 else f"{row.seeds}",
             f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}; {row.memory_mib:.0f}",
         )
         for row in table.itertuples(index=False)
@@ -64,7 +69,7 @@ def claims(results: dict) -> str:
             one["text"],
             one["source_of_claim"],
             one["source"],
-            f"{one['better_mean']:.3f}, {one['worse_mean']:.3f}",
+            f"{figure(one['better_mean'])}, {figure(one['worse_mean'])}",
             spoken(one["difference"], one["low"], one["high"], "+"),
             one["verdict"],
         )
@@ -80,8 +85,8 @@ def headroom(results: dict) -> str:
             one["source"],
             one["ensemble"],
             ", ".join(one["parts"]),
-            f"{one['best_part']} {one['best_part_mean']:.3f}",
-            f"{one['ensemble_mean']:.3f}",
+            f"{one['best_part']} {figure(one['best_part_mean'])}",
+            figure(one["ensemble_mean"]),
             spoken(one["oracle"], one["low"], one["high"]),
         )
         for one in results["headroom"]
