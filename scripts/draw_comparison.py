@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "compare.json"
 TABLES = ROOT / "docs" / "comparison-tables.md"
 SVG = {"svg.fonttype": "path", "svg.hashsalt": "promptrec"}
-HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s (fit, answer); MiB")
+HEADER = ("method", "mean SCS", "difference", "dealt", "distinct, words", "seeds (spread)", "CPU s, GiB")
 
 
 def figure_name(source: str) -> str:
@@ -55,7 +55,7 @@ def markdown(table: pd.DataFrame) -> str:
             figure(row.dealt),
             f"{row.distinct:.0%}, {row.words:.0f}",
             f"{row.seeds} ({figure(row.spread)})" if row.seeds > 1 else f"{row.seeds}",
-            f"{row.fit_cpu_seconds:.0f}, {row.answer_cpu_seconds:.0f}; {row.memory_mib:.0f}",
+            f"{row.fit_cpu_seconds + row.answer_cpu_seconds:.0f}, {row.memory_mib / 1024:.1f}",
         )
         for row in table.itertuples(index=False)
     ]
