@@ -171,6 +171,8 @@ def test_the_choice_is_never_expected_to_score_less_than_the_nearest_candidate(s
     expected, rows = posterior.values(candidates), np.arange(len(posterior.weights))
     nearest = (posterior.vectors @ candidates.T).argmax(1)
     assert (expected[rows, choose(posterior, candidates)] >= expected[rows, nearest]).all()
+    chosen, near = (posterior.expected_scs(candidates[places]) for places in (choose(posterior, candidates), nearest))
+    assert (chosen >= near - 1e-12).all()  # calibrated, too
 
 
 def test_the_choice_is_not_always_the_nearest_one():

@@ -400,7 +400,7 @@ from promptrec.predictor import PredictorSettings
 from promptrec.profiles import describe, override
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.prompting import build_prompted
-from promptrec.scoring import get_scorer, scs
+from promptrec.scoring import encode_candidates, get_scorer, scs
 from promptrec.series import notebooks_folder
 from promptrec.tables import read_json
 from promptrec.templates import rewrite_request
@@ -475,7 +475,7 @@ held, asked = (
 
 # %%
 candidates = choosing.candidates_of(asked)  # [n, methods]
-vectors = choosing.encode_candidates(scorer, candidates.to_numpy())  # [n, methods, d]
+vectors = encode_candidates(scorer, candidates.to_numpy())  # [n, methods, d]
 reached = scs(vectors, truth[:, None])  # [n, methods]
 best = candidates.to_numpy()[np.arange(len(asked)), reached.argmax(1)].tolist()
 note({**{name: candidates[name].tolist() for name in candidates}, "(oracle)": best})
@@ -617,7 +617,7 @@ note({"gate, tags, clusters": gated.recover(asked)})
 
 # %%
 believed = embedding.posterior(held)
-answers = choosing.encode_candidates(scorer, choosing.candidates_of(held).to_numpy())  # [n, methods, d]
+answers = encode_candidates(scorer, choosing.candidates_of(held).to_numpy())  # [n, methods, d]
 trust = 4.0 * np.eye(answers.shape[1])[1]  # by hand: trust the second method only
 moved = np.log(believed.weights) + trust @ (answers @ believed.bank.T)  # [n, bank]
 moved = np.exp(moved - moved.max(1, keepdims=True))
