@@ -206,7 +206,7 @@ def test_merging_keeps_what_base_and_adapter_say(base, trained, tokenizer, tmp_p
 
 
 KILLED = textwrap.dedent("""
-    import os, random, signal, sys, time
+    import multiprocessing, random, sys, time
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     from promptrec import lora
@@ -214,21 +214,25 @@ KILLED = textwrap.dedent("""
     from test_lora import KILL_SETTINGS, kill_rows
     activate(get_profile("local"))
     rows, rng = kill_rows(), random.Random(5)
+    interrupted = Path(sys.argv[2]) / "interrupted"
 
     def train(out):
         lora.finetune(rows[:16], rows[16:], sys.argv[1], out, KILL_SETTINGS)
 
-    interrupted, kills = Path(sys.argv[2]) / "interrupted", 0
-    while kills < 10:
-        child = os.fork()
-        if child == 0:
-            train(interrupted)
-            os._exit(0)
-        time.sleep(rng.uniform(0.3, 2.5))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kills += 1
-        print("after kill", kills, "last checkpoint", lora.last_checkpoint(interrupted / "checkpoints"), flush=True)
+    def last():
+        return lora.last_checkpoint(interrupted / "checkpoints")
+
+    # By the clock alone a busy machine would be killed before its first checkpoint each time: every other kill waits
+    # until the run has got further, however long that takes.
+    for kill in range(10):
+        before, child = last(), multiprocessing.get_context("fork").Process(target=train, args=[interrupted])
+        child.start()
+        while kill % 2 and last() == before and child.is_alive():
+            time.sleep(0.01)
+        child.join(rng.uniform(0, 0.5) if kill % 2 else rng.uniform(0.3, 2.5))
+        child.kill()
+        child.join()
+        print("after kill", kill, "last checkpoint", last(), flush=True)
     train(interrupted)
     train(Path(sys.argv[2]) / "whole")
 """)
@@ -246,7 +250,7 @@ def test_killed_ten_times_training_goes_on_and_ends_where_an_undisturbed_run_end
         [sys.executable, "-c", script, str(base), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )

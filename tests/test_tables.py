@@ -238,7 +238,7 @@ for number in range(150):
 def test_processes_that_share_a_log_lose_no_row(tmp_path):
     log = tmp_path / "log.jsonl"
     workers = [subprocess.Popen([sys.executable, "-c", APPENDER, log, name]) for name in ("a", "b", "c")]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0, 0]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0, 0]
     ids = [row["id"] for row in read_jsonl(log)]
     assert len(ids) == len(set(ids)) == 900
 
