@@ -141,14 +141,16 @@ def pipeline() -> Figure:
     _arrow(axes, (468, 337), (501, 337), (501, 151), (532, 151))
     _file(axes, 532, 52, 204, 38, "test rows", "held out, or Kaggle's test.csv")
     _step(axes, 532, 122, 204, 58, "recover", "one prompt a row", colour=GREEN)
-    _file(axes, 532, 206, 204, 38, "predictions.csv")
+    _file(axes, 526, 206, 108, 38, "predictions.csv")
+    _file(axes, 642, 206, 106, 38, "best method", "on test.csv")
     _step(axes, 524, 270, 120, 58, "scorer", "sentence-t5, or", "MiniLM as proxy", colour=GREEN)
     _step(axes, 652, 270, 92, 58, "check", "no row blank", colour=GREEN)
     _file(axes, 526, 352, 102, 38, "report.json")
     _file(axes, 634, 352, 114, 38, "submission.csv")
     for x, top, bottom in (
         (634, 90, 122),
-        (634, 180, 206),
+        (584, 180, 206),
+        (698, 180, 206),
         (584, 244, 270),
         (698, 244, 270),
         (584, 328, 352),
@@ -295,14 +297,14 @@ def completion_mask() -> Figure:
     """A chat turn token by token, with the labels the loss sees."""
     figure, axes = _canvas(322)
     _title(axes, "Completion-only loss: what is masked, what is learnt")
-    user = ["<bos>", "<start_of_turn>", "user", "↵", "Recover", "the", "prompt", "…", "text", "…"]
+    user = ["<bos>", "<start_of_turn>", "user", "↵", "Original:", "…", "Rewritten:", "…", "What", "…"]
     user += ["<end_of_turn>", "↵"]
     opening = ["<start_of_turn>", "model", "↵"]
     answer = ["Rewrite", "this", "as", "a", "sea", "shanty", "<end_of_turn>"]
     for y in (72, 182):
         _text(axes, 54, y + 13, "token", 11, ha="right", color=GREY)
         _text(axes, 54, y + 41, "label", 11, ha="right", color=GREY)
-    _text(axes, 64, 56, "the user's turn: instruction, original, rewritten text", 11, ha="left", color=GREY)
+    _text(axes, 64, 56, "the user's turn: both texts and the question", 11, ha="left", color=GREY)
     _tokens(axes, 64, 72, user, learnt=False)
     x = _tokens(axes, 64, 182, opening, learnt=False)
     start, x = x, _tokens(axes, x, 182, answer, learnt=True)
@@ -449,7 +451,7 @@ def recovery() -> Figure:
     _step(
         axes, 192, 62, 150, 72, "features", "embeddings of both,", "what came and went,", "layout, style", colour=BLUE
     )
-    _step(axes, 384, 62, 150, 72, "heads", "trained on cos³,", "one a fold of", "prompt clusters", colour=ORANGE)
+    _step(axes, 384, 62, 150, 72, "heads", "trained on cos³,", "one without each", "fold, one on all", colour=ORANGE)
     _file(axes, 576, 56, 168, 84, "posterior", "a vector, weights over", "the bank, and the SCS", "to be expected")
     _file(axes, 384, 166, 150, 40, "prompt bank", "with embeddings")
     _file(axes, 16, 246, 150, 56, "rewrite_prompt", "one string a row")

@@ -276,10 +276,11 @@ print(templates.rewrite_request("The ferry leaves at nine.", "Make it rhyme"))
 # # what promptrec.rewriters.keras_gemma does
 # devices = keras.distribution.list_devices()
 # mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"), devices)
-# layout = keras_hub.models.GemmaBackbone.get_layout_map(mesh)
+# layout = keras.distribution.LayoutMap(mesh)
+# layout[".*query/kernel"] = ("model", None, None)   # and so on for every matrix: see Part 2 on a TPU
 # keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"))
 # model = keras_hub.models.GemmaCausalLM.from_preset(profile.rewriter_model)
-# model.generate(requests, max_length=512)
+# generate(model, tokenizer, requests, KerasGeneration(max_new_tokens=384))   # in batches of one length bucket
 # ```
 #
 # **On two T4** Gemma runs in torch, its weights quantised to 4 bits (Part 2 explains how), half of the layers on each card.

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Part 2 on a TPU: LoRA in Keras on JAX
 #
-# **The same fine-tuning on eight small devices instead of one or two larger ones: the model is not made coarser, it is
+# **The same fine-tuning on eight devices instead of one or two: the model is not made coarser, it is
 # cut into pieces.**
 #
 # | | |

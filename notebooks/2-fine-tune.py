@@ -327,7 +327,7 @@ ranks.round(2)
 
 # %% [markdown]
 # Rank 64 needs some 3 GB beside the base, rank 16 a quarter of that, and even then less than one weight in a hundred is
-# trained.
+# trained. (That is with Adam in 32 bits. The 8-bit one of the T4 settings takes 10 bytes a trained weight: 2 GB at rank 64.)
 #
 # Now set them. `changes` is the place for your own; names and types are checked.
 
@@ -530,7 +530,9 @@ pd.DataFrame(scores).round(3)
 
 # %% [markdown]
 # The fine-tuned model is ahead of its base and of the constant on rows whose prompts it has never seen. The number is a
-# little too good: these rows chose the checkpoint. {doc}`3-evaluate` measures on rows that chose nothing.
+# little too good: these rows chose the checkpoint. {doc}`3-evaluate` measures on rows that chose nothing. (The curve may
+# show another value for the same adapter and rows: on a CPU 4-bit products round by how rows are batched, and now and then
+# one of the answers comes out differently.)
 #
 # ## Several adapters on one base
 #

@@ -531,7 +531,7 @@ for name in test_sets:
 # %%
 columns = ["test_set", "method", "mean", "low", "high", "difference", "difference_low", "difference_high"]
 parts = [compare(rows, baseline="best constant").assign(test_set=name) for name, rows in scores.groupby("test_set")]
-comparison = pd.concat(parts, ignore_index=True)[[*columns, "n", "clusters"]].round(4)
+comparison = pd.concat(parts, ignore_index=True)[[*columns, "n", "clusters"]]
 comparison = comparison.assign(scorer=scorer.name)
 write_table(comparison, out / "comparison.csv")
 print("scorer:", scorer.name)
@@ -665,7 +665,7 @@ picked[columns].round(2)
 # * **n and the interval.** With a few hundred rows, differences of .02 are noise more often than not. Look at the
 #   paired difference, not at the third decimal of two means.
 # * **The scorer.** A proxy's scale is its own.
-# * **The split.** Here no prompt cluster and no original is on two sides. With a split by rows the same model would
+# * **The split.** Here no prompt cluster and no original is on two sides. With a split by rows the same model could
 #   score far higher and know no more.
 # * **The source of the rewrites.** A stand-in number says that the steps fit together and that the model learned
 #   rules that somebody wrote down. It says nothing about Gemma's rewrites, where one prompt leads to a thousand

@@ -149,7 +149,7 @@ def _norm(update: Factors) -> float:
 
 def read_peft(folder: Path) -> Update:
     """The updates of a peft adapter, left [in, r] @ right [r, out], scaled, in float64."""
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file  # NumPy has no bfloat16
 
     if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: no peft adapter there (adapter_config.json and adapter_model.safetensors)")
@@ -157,11 +157,11 @@ def read_peft(folder: Path) -> Update:
     if odd := [name for name in UNSUPPORTED if options.get(name)] + ["bias"] * (options.get("bias", "none") != "none"):
         raise InputError(f"{folder}: Keras LoRA has no place for {', '.join(odd)}; train the adapter without")
     parts: dict[tuple[int, str], dict[str, np.ndarray]] = {}
-    for name, array in load_file(folder / "adapter_model.safetensors").items():
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         found = WEIGHT.search(name)
         if not found or found[3] not in TARGETS:
             raise InputError(f"{folder}: Keras LoRA cannot carry {_target(name)}; it can {', '.join(TARGETS)}")
-        parts.setdefault((int(found[1]), found[3]), {})[found[4]] = array.astype(np.float64)
+        parts.setdefault((int(found[1]), found[3]), {})[found[4]] = tensor.double().numpy()
     return {
         key: Factors(part["A"].T, _scale(options, key, len(part["A"])) * part["B"].T) for key, part in parts.items()
     }

@@ -15,7 +15,7 @@ import pandas as pd
 
 from promptrec.errors import InputError
 from promptrec.inference import LanguageModelRecoverer, held_out_scs
-from promptrec.language_model import GenerationSettings
+from promptrec.language_model import generation_settings
 from promptrec.lora import T4, LoraSettings, finetune
 from promptrec.profiles import preset
 from promptrec.prompting import build_prompted
@@ -37,7 +37,7 @@ def train_adapter(task: Task, folder: str | Path, **changes: object) -> Path:
     watched = task.validation.sample(min(len(task.validation), settings.validation_rows), random_state=task.seed)
     measure = None
     if settings.evaluate_every < settings.steps:
-        measure = held_out_scs(watched, task.scorer, profile.chat, GenerationSettings(batch_size=64))
+        measure = held_out_scs(watched, task.scorer, profile.chat, generation_settings(profile))
     history = finetune(task.train, watched, profile.base_model, folder, settings, profile.chat, measure)
     if (reached := int(history["step"].max())) < settings.steps:
         raise InputError(f"{folder}: its time was over at step {reached} of {settings.steps}; the same call goes on")

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from promptrec.errors import InputError
-from promptrec.profiles import activate, get_profile, missing_inputs
+from promptrec.profiles import activate, get_profile, missing_inputs, override, unused_settings
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +25,7 @@ Input = Annotated[Path, typer.Argument(help="CSV, JSONL or Parquet")]
 ProfileName = Annotated[
     str | None, typer.Option("--profile", help="local, gpu, kaggle-t4x2 or kaggle-tpu; default: detected")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="seed of everything random")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of everything random")]
 ScorerName = Annotated[str | None, typer.Option("--scorer", help="minilm, t5-tf or t5-hf; default: the profile's")]
 ScorerModel = Annotated[str, typer.Option(help="model directory of a t5 scorer")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -80,6 +80,7 @@ def rewrite(
             text_id(str(a), str(b)) for a, b in zip(rows["original_text"], rows["rewrite_prompt"], strict=True)
         ]
     _ending(out, ".jsonl")
+    _apart(out, table)
     finished = rewrite_table(rows, get_rewriter(chosen, seed), out, batch_size, part)
     if first():
         print(f"{len(finished)} of {len(rows)} rows are rewritten in {out}{_by_several()}")
@@ -120,21 +121,20 @@ def recover(
     seed: Seed = 0,
 ) -> None:
     """Recover the prompt of each row (original_text, rewritten_text)."""
-    from promptrec.data import text_id
     from promptrec.distributed import first, processes, remove_parts
     from promptrec.inference import check_pairs, predict_shared
-    from promptrec.methods import default_method, make_recoverer
+    from promptrec.methods import default_method, make_recoverer, run_of
     from promptrec.tables import read_table, write_manifest, write_table
 
     chosen, started = _together(profile), time.time()
     _ending(out, ".csv", ".jsonl", ".parquet")
+    _apart(out, table, *train or ())
     rows = check_pairs(read_table(table), str(table))
     if "id" not in rows:
         rows["id"] = [str(number) for number in range(len(rows))]
     name = method or default_method(chosen)
     recoverer = make_recoverer(name, chosen, train or (), adapter, seed)
-    run = text_id(name, chosen.name, str(seed), str(adapter), *map(str, train or ()))
-    predictions = predict_shared(recoverer, rows, out, run)
+    predictions = predict_shared(recoverer, rows, out, run_of(name, chosen, train or (), adapter, seed))
     if not first():
         return
     write_table(predictions, out)
@@ -143,6 +143,9 @@ def recover(
     if hasattr(recoverer, "expected_scs"):
         facts["expected_scs"] = float(recoverer.expected_scs(rows, predictions["rewrite_prompt"]).mean())
         told = f", expected mean SCS {facts['expected_scs']:.3f} under {recoverer.scorer.name}"
+    facts |= {"train": [path.name for path in train]} if train else {}
+    facts |= {"adapter": adapter.name} if adapter else {}
+    facts |= {name: getattr(recoverer, name) for name in ("settings", "decoding") if hasattr(recoverer, name)}
     write_manifest(out, started=started, profile=chosen.name, seed=seed, **facts)
     print(
         f"{len(predictions)} prompts recovered by {name} in {out}{told} ({time.time() - started:.0f} s){_by_several()}"
@@ -160,12 +163,13 @@ def score(
 ) -> None:
     """Mean SCS of predictions (id, rewrite_prompt) against the truth (id, rewrite_prompt), with a bootstrap interval."""
     from promptrec.comparison import interval
-    from promptrec.scoring import score_predictions
+    from promptrec.scoring import check_predictions, score_predictions
     from promptrec.tables import read_table
 
     chosen = _activated(profile)
     needed = ["id", "rewrite_prompt"]
     tables = read_table(predictions, needed), read_table(truth, needed)
+    check_predictions(*tables)  # before the scorer is loaded
     judge = _judge(chosen, scorer, scorer_model)
     scored = score_predictions(*tables, judge)
     mean, low, high = interval(scored["scs"].to_numpy(), scored.get("prompt_cluster", scored["rewrite_prompt"]))
@@ -198,7 +202,7 @@ def compare(
     if out.is_file():
         raise InputError(f"--out {out}: is a file; name a folder")
     settings = override(CompareSettings(), rows=rows, seeds=seeds, jobs=jobs)
-    names = [name for name in methods.split(",") if name]
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     print(summary(run_comparison(table, out, chosen, names, settings)))
     print(f"table, claims and learning curves: {out / 'results.json'}")
 
@@ -232,9 +236,10 @@ def mean_prompt(
 
     chosen = _activated(profile)
     _ending(out, ".txt")
-    if out.resolve() == prompts.resolve():
-        raise InputError(f"--out {out}: is the file of the prompts; name another")
-    settings = SearchSettings(level=level, max_tokens=max_tokens, evaluations=evaluations, seconds=seconds, seed=seed)
+    _apart(out, prompts, *[probes] if probes else [])
+    settings = override(
+        SearchSettings(), level=level, max_tokens=max_tokens, evaluations=evaluations, seconds=seconds, seed=seed
+    )
     found = mean_prompt_file(prompts, out, _judge(chosen, scorer, scorer_model), settings, chosen.name, probes)
     print(json.dumps(found) if as_json else summary(found))
 
@@ -245,6 +250,12 @@ def _judge(chosen, name: str | None, model: str):
 
     name = name or chosen.scorer
     return get_scorer(name, model or (chosen.scorer_model if name == chosen.scorer else ""))
+
+
+def _apart(out: Path, *read: Path) -> None:
+    """Refuse to write over a file that is read."""
+    if any(out.resolve() == path.resolve() for path in read):
+        raise InputError(f"--out {out}: is a file that is read; name another")
 
 
 def _activated(name: str | None, out: Path | None = None):
@@ -275,6 +286,9 @@ def _ending(path: Path, *endings: str) -> None:
         raise InputError(f"--out {path}: name a file ending in {' or '.join(endings)}")
     if path.is_dir():
         raise InputError(f"--out {path}: is a folder; name a file")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"--out {path}: nothing can be written to {there}; choose another place")
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -299,6 +313,7 @@ def main() -> None:
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         _leave_group()
+        _name_unused_settings()
     except InputError as error:
         _leave(str(error))
     except USAGE_ERROR as error:
@@ -310,7 +325,16 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:
-        _leave("stopped; finished rows are kept, the same command goes on from there", code=130)
+        _leave(
+            "stopped; what rewrite, recover, finetune or compare had finished is kept: the same command goes on", 130
+        )
+
+
+def _name_unused_settings() -> None:
+    """A misspelt setting would be silently ignored. (`series` and `compare` hand theirs on to other processes.)"""
+    alone = {"rewrite", "finetune", "recover", "mean-prompt"} & set(sys.argv[1:2])
+    if alone and (unused := unused_settings()):
+        print(f"promptrec: PROMPTREC_SETTINGS: nothing here has a setting {', '.join(unused)}", file=sys.stderr)
 
 
 def _leave_group() -> None:

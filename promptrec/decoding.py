@@ -14,8 +14,10 @@ from itertools import compress
 
 import numpy as np
 
+from promptrec.errors import InputError
 from promptrec.scoring import Scorer, unit
 from promptrec.search_encoders import encoder_of
+from promptrec.tables import progress
 from promptrec.text_features import frequent_words
 
 
@@ -30,6 +32,11 @@ class DecodingSettings:
     level: str = "word"
     max_tokens: int = 64  # what a string costs to encode
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("joined", 1), ("tried", 1), ("evaluations", 0), ("max_tokens", 3)):
+            if getattr(self, name) < least:
+                raise InputError(f"decoding: {name} must be at least {least}, not {getattr(self, name)}")
 
 
 def join_prompts(
@@ -56,7 +63,7 @@ def join_prompts(
     texts, reached = [bank[index] for index in best], vectors[best].copy()
     _take_nearer(targets, texts, reached, dict(enumerate(own)), scorer)
     growing = list(range(len(texts)))
-    for _ in range(settings.joined - 1):
+    for _ in progress(range(settings.joined - 1), desc="join prompts", leave=False):
         near = _worth_trying(targets[growing], reached[growing], vectors, settings.tried)
         joins = {
             row: [one for more in (*(bank[index] for index in tried), *own[row]) if fits(one := f"{texts[row]} {more}")]

@@ -157,9 +157,13 @@ def share(table: pd.DataFrame, index: int | None = None, count: int | None = Non
 
 
 def own_file(path: str | Path) -> Path:
-    """Where this process appends: `path`, or beside it a file of its own where there are several processes."""
-    path = Path(path)
-    return path if world() == 1 else path.with_name(f"{path.name}.part-{rank()}.jsonl")
+    """Where this process appends: `path`, or a part of it where there are several processes."""
+    return Path(path) if world() == 1 else own_part(path)
+
+
+def own_part(path: str | Path) -> Path:
+    """This process's file beside `path`."""
+    return Path(path).with_name(f"{Path(path).name}.part-{rank()}.jsonl")
 
 
 def part_files(path: str | Path) -> list[Path]:
@@ -181,10 +185,10 @@ def read_finished(
     done: dict[str, dict] = {}
     for log in filter(Path.is_file, files):
         for number, row in enumerate(read_jsonl(log, tolerate_torn_tail=True), 1):
-            if not {"id", *fields} <= row.keys():
+            if not {"id", *fields} <= row.keys() or not isinstance(row["id"], str):
                 raise InputError(f"{log}: line {number} is not a row of a {work[0]} log; name a new --out file")
             for field, value in expected.get(row["id"], {}).items():
-                if row[field] != value:
+                if row.get(field, value) != value:  # a log of an earlier version may lack what is not in `fields`
                     raise InputError(
                         f"{log}: id {row['id']!r} was {work[1]} with another {field}; name a new --out file"
                     )

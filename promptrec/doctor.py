@@ -6,13 +6,16 @@ import os
 import shutil
 from pathlib import Path
 
-from promptrec.profiles import Profile, describe, missing_inputs
+from promptrec.profiles import Profile, describe, detect, from_hub, missing_inputs
 from promptrec.tables import versions
 
 
 def devices() -> str:
-    """Cores, memory and accelerators in one line, asking torch only if it is installed."""
+    """Cores, memory and accelerators in one line. Torch is asked for cards if it is installed; JAX, which would take a TPU
+    for itself, is not asked."""
     parts = [f"{os.cpu_count()} CPU cores", f"{_memory_gib():.0f} GiB memory"]
+    if detect() == "kaggle-tpu":
+        parts.append("a TPU")
     try:
         import torch
     except ImportError:
@@ -42,6 +45,10 @@ def report(profile: Profile) -> str:
             f"free disk  {free:.0f} GiB",
             f"versions   {', '.join(f'{name} {version}' for name, version in versions().items())}",
             f"artefacts  {', '.join(artefacts) or 'none yet'}",
+            *[
+                f"fetched    {name}, from the Hugging Face hub when it is needed; not checked"
+                for name in from_hub(profile)
+            ],
             f"missing    {'; '.join(missing_inputs(profile)) or 'nothing'}",
         ]
     )

@@ -31,15 +31,16 @@ from promptrec.text_features import (
     cache_folder,
     digest,
     fingerprint,
-    keep_newest,
+    keep_last_used,
     read_arrays,
     save_arrays,
+    text_encoder,
 )
 
 if TYPE_CHECKING:
     from promptrec.methods import Task
 
-VERSION = 5  # of what is cached: count up when features or training change
+VERSION = 6  # of what is cached: count up when features or training change
 FITS_KEPT = 16  # of 50 to 110 MB each
 
 
@@ -63,7 +64,7 @@ class RetrievalRecoverer:
     ) -> None:
         from sklearn.linear_model import Ridge
 
-        self.scorer, self.given_bank, self.encoder = scorer, list(bank), encoder or TextEncoder()
+        self.scorer, self.given_bank, self.encoder = scorer, list(bank), encoder or text_encoder()
         self.ridge = Ridge(alpha=alpha)
         self.bank: list[str] = []
 
@@ -113,7 +114,7 @@ class EmbeddingRecoverer:
     ) -> None:
         self.scorer, self.given_bank, self.answer_trust = scorer, list(bank), answer_trust
         self.settings, self.decoding = settings or PredictorSettings(), decoding or DecodingSettings()
-        self.encoder = encoder or TextEncoder()
+        self.encoder = encoder or text_encoder()
         self.predictor: PromptPredictor | None = None
         self.seconds: dict[str, float] = {}
 
@@ -135,8 +136,7 @@ class EmbeddingRecoverer:
         else:
             self._fit(train)
             save_arrays(path, **self.features.state, **self.predictor.state())
-            keep_newest(path.parent, FITS_KEPT)
-        self.vectors = self.predictor.bank
+            keep_last_used(path.parent, FITS_KEPT)
         self.seconds["fit"] = time.time() - started
         return self
 
@@ -147,6 +147,11 @@ class EmbeddingRecoverer:
         clusters, texts = clusters_of(train["rewrite_prompt"]), (train["rewrite_prompt"].tolist(), self.bank)
         keys = None if self.is_minilm else tuple(map(get_scorer("minilm").encode, texts))
         self.predictor = PromptPredictor(self.settings).fit(*given, prompts, vectors, clusters, keys)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The bank's prompts as the scorer embeds them, [b, d]."""
+        return self.predictor.bank
 
     @property
     def is_minilm(self) -> bool:
@@ -195,4 +200,5 @@ def build_retrieval(task: Task) -> RetrievalRecoverer:
 def build_embedding(task: Task) -> EmbeddingRecoverer:
     """Heads and decoding, fitted to the task's training triples."""
     decoding = override(DecodingSettings(), seed=task.seed)
-    return EmbeddingRecoverer(task.scorer, task.bank, PredictorSettings(seed=task.seed), decoding).fit(task.train)
+    settings = override(PredictorSettings(), seed=task.seed)
+    return EmbeddingRecoverer(task.scorer, task.bank, settings, decoding).fit(task.train)

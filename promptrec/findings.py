@@ -18,6 +18,7 @@ from promptrec.methods import METHODS
 from promptrec.scoring import Scorer
 from promptrec.tables import read_json
 
+SHOWN = Path(__file__).parents[1] / "benchmarks" / "compare.json"  # the comparison that the book shows
 BASELINE = "best-constant"
 READ = ["source", "method", "mean", "low", "high", "difference", "difference_low", "difference_high", "n", "seeds"]
 SPOKEN = {"promptrec": "hand-written"}  # sources as the book calls them
@@ -173,13 +174,24 @@ def headroom(by_seed: pd.DataFrame, ensemble: str = "blend") -> list[dict]:
 
 def comparison_rows(methods: Sequence[str] = (), path: str | Path | None = None) -> pd.DataFrame:
     """Rows of a comparison's results, of some methods or all; default: the comparison that the book shows."""
-    from promptrec.series import notebooks_folder
+    table = _kept("rows", path).reindex(columns=READ)
+    return table[table["method"].isin(methods)].reset_index(drop=True) if methods else table
 
-    path = Path(path or notebooks_folder().parent / "benchmarks" / "compare.json")
+
+def comparison_claims(methods: Sequence[str], path: str | Path | None = None) -> pd.DataFrame:
+    """What the comparison says of claims that one of the methods is the better one."""
+    table = _kept("claims", path)
+    return table[table["better"].isin(methods)].reset_index(drop=True) if len(table) else table
+
+
+def _kept(part: str, path: str | Path | None) -> pd.DataFrame:
+    """A part of a comparison's results; nothing of SHOWN where there is no clone, as in a notebook on Kaggle."""
+    if path is None and not SHOWN.is_file():
+        return pd.DataFrame()
+    path = Path(path or SHOWN)
     if not path.is_file():
         raise InputError(f"{path}: no comparison there; run promptrec compare")
-    table = pd.DataFrame(read_json(path)["rows"])[READ]
-    return table[table["method"].isin(methods)].reset_index(drop=True) if methods else table
+    return pd.DataFrame(read_json(path).get(part, []))
 
 
 def summary(table: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ from promptrec.inference import held_out_scs
 from promptrec.profiles import Profile, model_name, override, preset
 from promptrec.scoring import Scorer, profile_scorer
 from promptrec.splits import check_split, clusters_of, split_components
-from promptrec.tables import write_manifest
+from promptrec.tables import read_json, write_manifest
 
 
 def settings_for(profile: Profile, **changes: object) -> object:
@@ -36,10 +36,10 @@ def trainer_for(profile: Profile, watched: pd.DataFrame, scorer: Scorer) -> tupl
         from promptrec import lora_keras
 
         return lora_keras.finetune, held_out_scs(watched, scorer, profile.chat, recoverer=lora_keras.KerasRecoverer)
-    from promptrec.language_model import GenerationSettings
+    from promptrec.language_model import generation_settings
     from promptrec.lora import finetune
 
-    return finetune, held_out_scs(watched, scorer, profile.chat, GenerationSettings(batch_size=64))
+    return finetune, held_out_scs(watched, scorer, profile.chat, generation_settings(profile))
 
 
 def finetune_file(
@@ -50,31 +50,41 @@ def finetune_file(
     A file with a `split` column (as Part 1 writes it) is used as it is, after a check that no prompt cluster and no
     original is on two sides; others are cleaned, clustered and split here.
     """
-    scorer, settings, started = profile_scorer(profile), settings_for(profile, seed=seed, **changes), time.time()
+    settings, started = settings_for(profile, seed=seed, **changes), time.time()
     table = from_first(lambda: split_triples(path))
     train, validation = (table[table["split"] == split] for split in ("train", "validation"))
     if train.empty or validation.empty:
         raise InputError(
-            f"{path}: {len(train)} training and {len(validation)} validation rows; both are needed: add more distinct prompts"
+            f"{path}: {len(train)} training and {len(validation)} validation rows; both are needed: add more "
+            f"distinct prompts, or mark rows in the column split"
         )
+    scorer = profile_scorer(profile)
     watched = validation.sample(min(len(validation), settings.validation_rows), random_state=seed)
+    spent = seconds_spent(out)
     finetune, measure = trainer_for(profile, watched, scorer)
     history = finetune(train, watched, profile.base_model, out, settings, profile.chat, measure)
     if not first():
         return history
     write_manifest(
         Path(out),
-        started=started,
+        started=started - spent,
         profile=profile.name,
         seed=seed,
         rows=len(train),
         settings=settings,
         base_model=model_name(profile.base_model),
         scorer=scorer.name,
-        best_scs=float(history["scs"].max()),
+        best_scs=float(history["scs"].max()) if history["scs"].notna().any() else None,
         **processes(),
     )
     return history
+
+
+def seconds_spent(out: str | Path) -> float:
+    """What earlier calls of the run in `out` took, by its manifest: a run that was stopped, or is finished."""
+    manifest = Path(out).with_name(f"{Path(out).name}.manifest.json")
+    known = (Path(out) / "history.csv").is_file() and manifest.is_file()
+    return float(read_json(manifest).get("seconds", 0)) if known else 0.0
 
 
 def split_triples(path: str | Path) -> pd.DataFrame:

@@ -17,11 +17,11 @@ import pandas as pd
 
 from promptrec.cleaning import strip_lead_in
 from promptrec.data import check_cells, text_id
-from promptrec.distributed import gather, own_file, part_files, read_finished, share, world
+from promptrec.distributed import gather, own_part, part_files, read_finished, share
 from promptrec.errors import InputError
 from promptrec.scoring import Scorer, scs
 from promptrec.submission import FALLBACK
-from promptrec.tables import append_jsonl, read_jsonl, require_columns
+from promptrec.tables import append_jsonl, progress, read_jsonl, require_columns
 
 if TYPE_CHECKING:
     from promptrec.methods import Task
@@ -82,11 +82,8 @@ def best_constant(prompts: Sequence[str], scorer: Scorer, candidates: Sequence[s
         raise InputError("no training prompts to choose a constant from")
     candidates = sorted(set(candidates or prompts))
     targets, options = scorer.encode(list(prompts)), scorer.encode(candidates)
-    means = [
-        float(((options[start : start + 512] @ targets.T) ** 3).mean(1).max()) for start in range(0, len(options), 512)
-    ]
-    block = int(np.argmax(means)) * 512
-    return candidates[block + int(np.argmax(((options[block : block + 512] @ targets.T) ** 3).mean(1)))]
+    blocks = (options[start : start + 512] for start in range(0, len(options), 512))
+    return candidates[int(np.concatenate([((block @ targets.T) ** 3).mean(1) for block in blocks]).argmax())]
 
 
 def build_constant(task: Task) -> Constant:
@@ -218,21 +215,20 @@ def predict_shared(
 ) -> pd.DataFrame:
     """predict_all of one recoverer by all processes of this run, which each answer their share.
 
-    Several processes append every `rows` answers to files beside `out`; found there after a kill, also by fewer
-    processes, they are not asked again. `run` says what else an answer depends on (method, seed, adapter); answers of
-    another run are refused (InputError). Every process gets all predictions, in the order of `table`.
+    Every `rows` answers are appended to a file beside `out`; found there after a kill, also by fewer processes, they are
+    not asked again. `run` says what else an answer depends on (method, seed, adapter); answers of another run are refused
+    (InputError). Every process gets all predictions, in the order of `table`.
     """
-    texts = [text_id(*pair) for pair in table[list(NEEDED)].itertuples(index=False)]
+    columns = [*NEEDED, *(["prediction"] if "prediction" in table else [])]  # what an answer depends on
+    texts = [text_id(*map(str, row)) for row in table[columns].itertuples(index=False)]
     expected = {row: {"texts": text, "run": run} for row, text in zip(table["id"], texts, strict=True)}
     done = read_finished(part_files(out), expected, PART_FIELDS, ("recovery", "answered"))
     todo = share(table)
     todo = todo[~todo["id"].isin(done)]
-    size = rows if world() > 1 else max(1, len(todo))
-    for start in range(0, len(todo), size):
-        answered = predict_all([recoverer], todo.iloc[start : start + size]).to_dict("records")
+    for start in progress(range(0, len(todo), rows), desc=f"recover ({recoverer.name})", unit=f" x {rows} rows"):
+        answered = predict_all([recoverer], todo.iloc[start : start + rows]).to_dict("records")
         answered = [row | expected[row["id"]] for row in answered]
-        if world() > 1:
-            append_jsonl(own_file(out), answered)
+        append_jsonl(own_part(out), answered)
         done |= {row["id"]: row for row in answered}
     done = {row["id"]: row for row in gather(list(done.values()))}
     return pd.DataFrame([done[row] for row in table["id"]])[["id", "rewrite_prompt", "method"]]

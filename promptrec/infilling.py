@@ -26,7 +26,7 @@ from promptrec.profiles import override
 from promptrec.scoring import minilm_directory
 from promptrec.small_models import autocast, check_training_texts, device, frame, load, optimise
 from promptrec.tables import progress
-from promptrec.text_features import LAST, TextEncoder
+from promptrec.text_features import LAST, text_encoder
 
 if TYPE_CHECKING:
     from promptrec.methods import Task
@@ -144,7 +144,7 @@ class InfillingRecoverer:
         self.scorer = SoftScorer()
         if self.scorer.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise InputError("scs_share: the model and MiniLM have different vocabularies; use an uncased BERT")
-        return torch.from_numpy(TextEncoder().encode(prompts, "embed prompts")[:, LAST]).to(device())
+        return torch.from_numpy(text_encoder().encode(prompts, "embed prompts")[:, LAST]).to(device())
 
     def _hide(self, length: int, rng: np.random.Generator) -> np.ndarray:
         """Which of a training prompt's tokens are masked, [length]: all, or a share drawn at random; one at least."""

@@ -23,7 +23,7 @@ from transformers import (
 
 from promptrec.distributed import local_rank, sharded, world
 from promptrec.errors import InputError
-from promptrec.profiles import ASSETS, attach_hint
+from promptrec.profiles import ASSETS, Profile, attach_hint, preset
 from promptrec.tables import check_digest, progress
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -72,6 +72,14 @@ def check_model_directory(path: str | Path) -> None:
         check_digest(directory / "model.safetensors", TINY_GEMMA_SHA256)
 
 
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]
+
+
+def _hint(path: str | Path) -> str:
+    return attach_hint(path, "give a local copy of the model, in safetensors")
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left (generation continues the last token), with its own pad token."""
     check_model_directory(path)
@@ -79,7 +87,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if directory.is_dir() and not any((directory / name).is_file() for name in TOKENIZER_FILES):
         hint = attach_hint(path, "copy the tokenizer's files, too")  # transformers would make up an empty vocabulary
         raise InputError(f"{path}: no tokenizer there ({' and '.join(TOKENIZER_FILES)} are missing); {hint}")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the tokenizer cannot be loaded ({_reason(error)}); {_hint(path)}") from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = tokenizer.unk_token  # pad = eos would mask the end of every answer
     tokenizer.padding_side = "left"
@@ -101,7 +112,7 @@ def load_model(path: str | Path, quantise: bool = True) -> PreTrainedModel:
             path, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: the model cannot be loaded ({str(error).splitlines()[0][:160]})") from None
+        raise InputError(f"{path}: the model cannot be loaded ({_reason(error)}); {_hint(path)}") from None
     except Exception as error:  # safetensors raises its own class for a truncated file
         if type(error).__name__ != "SafetensorError":
             raise
@@ -117,6 +128,11 @@ class GenerationSettings:
     batch_size: int = 64  # halved when memory runs out
     temperature: float = 0.0  # 0: greedy
     seed: int = 0
+
+
+def generation_settings(profile: Profile, **changes: object) -> GenerationSettings:
+    """The profile's settings with changes: a 7B model has no room for the cache of 64 long rows."""
+    return preset(profile, GenerationSettings(), GenerationSettings(batch_size=16), **changes)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, begin: bool = True) -> list[int]:

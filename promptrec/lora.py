@@ -23,7 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from promptrec.distributed import barrier, first, from_first, sharded
 from promptrec.errors import InputError
 from promptrec.language_model import load_model, load_tokenizer, stop_ids, token_ids
-from promptrec.sft_trainer import AnswerOnlyTrainer, TimeBudget, last_checkpoint, training_arguments, training_history
+from promptrec.sft_trainer import (
+    AnswerOnlyTrainer,
+    Bar,
+    TimeBudget,
+    last_checkpoint,
+    training_arguments,
+    training_history,
+)
 from promptrec.tables import full_disk_named, read_table, write_table
 from promptrec.templates import chat_of
 from promptrec.training_run import check_training, claim_folder, fit_texts
@@ -199,7 +206,7 @@ def finetune(
         processing_class=tokenizer,
         loss=answer_loss,
         held_out_scs=score,
-        callbacks=[TimeBudget(settings.time_budget)],
+        callbacks=[TimeBudget(settings.time_budget), Bar()],
     )
     adapters_in_fp32(trainer.model)
     trainer.remove_callback(PrinterCallback)  # the history holds the log

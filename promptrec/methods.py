@@ -6,6 +6,8 @@ Task and returns a recoverer that is ready to answer. Its module is imported whe
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 from promptrec.cleaning import clean
-from promptrec.data import load_triples, merge_triples, shipped_triples
+from promptrec.data import load_triples, merge_triples, shipped_triples, text_id
 from promptrec.errors import InputError
 from promptrec.inference import Recoverer, answer_column
 from promptrec.profiles import Profile
 from promptrec.prompt_bank import shipped_prompts
-from promptrec.scoring import Scorer, get_scorer, profile_scorer
-from promptrec.splits import SAME_PROMPT, clusters_of
+from promptrec.scoring import Scorer, profile_scorer
+from promptrec.splits import clusters_of, wordings_of
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,18 @@ def training_triples(more: Sequence[str | Path] = ()) -> pd.DataFrame:
 def _own_training_rows(path: str | Path) -> pd.DataFrame:
     """A file's triples; where it has a split, those to train on."""
     table = load_triples(path, keep=["split"])
-    return table[table["split"] == "train"].drop(columns="split") if "split" in table else table
+    if "split" not in table:
+        return table
+    if not (table["split"] == "train").any():
+        found = ", ".join(map(repr, sorted(set(table["split"].astype(str)))[:4]))
+        raise InputError(f"{path}: no row has split 'train' (found: {found}); name it so, or leave the column out")
+    return table[table["split"] == "train"].drop(columns="split")
 
 
 def shipped_wordings_of(prompts: Iterable[str]) -> list[str]:
     """Shipped prompts that are a wording of one of these: they may not answer rows that ask for it."""
-    shipped, minilm = shipped_prompts()["rewrite_prompt"].tolist(), get_scorer("minilm")
-    asked = minilm.encode(sorted(set(prompts)))
-    return sorted(compress(shipped, (minilm.encode(shipped) @ asked.T).max(1) >= SAME_PROMPT))
+    shipped = shipped_prompts()["rewrite_prompt"].tolist()
+    return sorted(compress(shipped, wordings_of(shipped, prompts)))
 
 
 def default_method(profile: Profile) -> str:
@@ -126,8 +132,27 @@ def make_recoverer(
     Raises InputError for an unknown name, a missing adapter, or a method that the profile cannot run.
     """
     check_method(name, profile)
-    folder = Path(adapter) if adapter else Path(profile.out) / "adapter"
-    return build(name, Task(profile, training_triples(train), shipped_triples(["validation"]), folder, seed))
+    known, held = training_triples(train), shipped_triples(["validation"])
+    if train:  # the user's prompts may be wordings of the shipped held-out ones
+        held = held[~wordings_of(held["rewrite_prompt"], known["rewrite_prompt"])].reset_index(drop=True)
+    if METHODS[name].needs and held.empty:
+        raise InputError(
+            f"method {name}: the training triples hold every held-out prompt; nothing is left to choose by"
+        )
+    return build(name, Task(profile, known, held, _adapter_folder(profile, adapter), seed))
+
+
+def run_of(
+    name: str, profile: Profile, train: Sequence[str | Path] = (), adapter: str | Path | None = None, seed: int = 0
+) -> str:
+    """What answers depend on besides the rows, in short: method, profile, settings, seed, and what the files hold."""
+    files = [*map(Path, train), *sorted(_adapter_folder(profile, adapter).glob("adapter*"))]
+    held = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    return text_id(name, profile.name, os.environ.get("PROMPTREC_SETTINGS", ""), str(seed), *held)
+
+
+def _adapter_folder(profile: Profile, adapter: str | Path | None) -> Path:
+    return Path(adapter) if adapter else Path(profile.out) / "adapter"
 
 
 def build(name: str, task: Task) -> Recoverer:

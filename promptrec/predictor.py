@@ -110,7 +110,8 @@ def blend(
     """
     asked, bank = keys or (answers, posterior.bank)
     trusts = np.asarray(trusts, np.float32)
-    weights = posterior.weights * np.exp(np.einsum("m,nmk->nk", trusts, asked) @ bank.T)
+    evidence = np.einsum("m,nmk->nk", trusts, asked) @ bank.T  # [n, b]
+    weights = posterior.weights * np.exp(evidence - evidence.max(1, keepdims=True))
     shares = trusts / (trusts.sum() + DOUBT)
     weights *= (1 - shares.sum()) / weights.sum(1, keepdims=True)
     return replace(posterior, weights=weights, answers=answers, shares=shares)

@@ -57,6 +57,10 @@ CORPORA = (
     "wikibooks-dataset/wikibooks.sqlite",
     "emotions/text.csv",
 )
+ELSEWHERE = (
+    "attach a copy in safetensors and name its folder in PROMPTREC_SETTINGS, "
+    'such as {"InversionSettings.decoder": "FOLDER"}'
+)
 ATTACH = {
     "sentence-t5": "attach the Kaggle model google/sentence-t5, TensorFlow2, variation st5-base, version 1",
     "gemma/transformers": "attach the Kaggle model google/gemma, Transformers, variation 7b-it, version 3",
@@ -64,9 +68,12 @@ ATTACH = {
     "llm-prompt-recovery": "attach the Kaggle competition llm-prompt-recovery",
     "wikipedia-movie-plots": "attach the Kaggle dataset jrobischon/wikipedia-movie-plots",
     "wikibooks-dataset": "attach the Kaggle dataset dhruvildave/wikibooks-dataset",
+    "gpt2": ELSEWHERE,
+    "bert-base-uncased": ELSEWHERE,
     "emotions": "attach the Kaggle dataset nelgiriyewithana/emotions",
 }
 MADE_BY = {"training_data.csv": "Part 1", "adapter": "Part 2"}
+_used: set[str] = set()  # of PROMPTREC_SETTINGS
 TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # up to v4, and from v5e on
 
 
@@ -150,6 +157,7 @@ def get_profile(name: str | None = None) -> Profile:
     PROMPTREC_INPUT and PROMPTREC_OUT move the input root and the output folder (the rehearsals use that).
     Raises InputError for an unknown name.
     """
+    environment_settings()  # a mistake in it should not wait until it is asked for
     name = name or os.environ.get("PROMPTREC_PROFILE") or detect()
     if name not in PROFILES:
         raise InputError(
@@ -198,7 +206,15 @@ def quiet_frameworks() -> None:
     import warnings
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # "Loading weights: 100%" for every model
-    for name in ("bitsandbytes", "transformers", "sentence_transformers", "absl", "tensorflow", "httpx"):
+    for name in (
+        "bitsandbytes",
+        "transformers",
+        "sentence_transformers",
+        "huggingface_hub",
+        "absl",
+        "tensorflow",
+        "httpx",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -224,6 +240,15 @@ def preset(profile: Profile, small: Settings, large: Settings, **changes: object
 
 
 def _environment_changes(name: str, fields: set[str]) -> dict[str, object]:
+    given = environment_settings()
+    mine = {key: key.removeprefix(f"{name}.") for key in given if key in fields or key.startswith(f"{name}.")}
+    _used.update(mine)
+    ordered = sorted(mine, key=lambda key: "." in key)  # what names the class counts for more
+    return {mine[key]: given[key] for key in ordered}
+
+
+def environment_settings() -> dict[str, object]:
+    """PROMPTREC_SETTINGS. Raises InputError where it is no JSON object."""
     text = os.environ.get("PROMPTREC_SETTINGS", "{}")
     try:
         given = json.loads(text)
@@ -231,8 +256,12 @@ def _environment_changes(name: str, fields: set[str]) -> dict[str, object]:
         raise InputError(f'PROMPTREC_SETTINGS is not valid JSON ({error}); example: {{"rows": 200}}') from None
     if not isinstance(given, dict):
         raise InputError('PROMPTREC_SETTINGS must be a JSON object; example: {"rows": 200}')
-    plain = {key: value for key, value in given.items() if key in fields}
-    return plain | {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith(f"{name}.")}
+    return given
+
+
+def unused_settings() -> list[str]:
+    """What PROMPTREC_SETTINGS holds that no settings of this process have asked for."""
+    return sorted(set(environment_settings()) - _used)
 
 
 def _checked(settings: object, key: str, value: object) -> object:
@@ -253,6 +282,12 @@ def describe(settings: object) -> str:
     rows = dataclasses.asdict(settings)
     width = max(map(len, rows))
     return "\n".join(f"{key:<{width}}  {value}" for key, value in rows.items())
+
+
+def from_hub(profile: Profile) -> list[str]:
+    """Models that the profile names as the Hugging Face hub does, and no folder has."""
+    names = dict.fromkeys([profile.rewriter_model, profile.base_model, profile.scorer_model])
+    return [name for name in names if name and not profile.offline and not os.path.exists(name)]
 
 
 def missing_inputs(profile: Profile) -> list[str]:

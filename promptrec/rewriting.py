@@ -1,8 +1,8 @@
 """(original, prompt) -> rewritten: batched, appended to disk, resumable.
 
-The log is JSONL with one finished row a line. Killed at any moment and started again, the run loses at most the
-batch in flight, repeats nothing and ends with the same set of rows. Several processes share the work: those of one
-launcher by themselves (distributed.py), runs started apart by `shard`.
+The log is JSONL with one finished row a line: triples, ready to train on. Killed at any moment and started again, the run
+loses at most the batch in flight, repeats nothing and ends with the same set of rows. Several processes share the work:
+those of one launcher by themselves (distributed.py), runs started apart by `shard`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from promptrec.data import check_cells, text_id
+from promptrec.data import check_cells
 from promptrec.distributed import merge_logs, own_file, part_files, read_finished, share, world
 from promptrec.profiles import Profile, override
 from promptrec.rewriters import Rewriter
@@ -37,9 +37,11 @@ def rewrite_table(
     require_columns(table, ["id", "original_text", "rewrite_prompt"], "rewriting")
     check_cells(table, ["original_text", "rewrite_prompt"], "rewriting")
     log = Path(log)
-    done = _finished(log, table, rewriter.name)
+    done = _finished(log, table, rewriter)
     todo = share(table, *shard or ())
     todo = todo[~todo["id"].isin(done)]
+    if hasattr(rewriter, "check"):
+        rewriter.check(todo["rewrite_prompt"])
     longest_first = todo["original_text"].map(len).to_numpy().argsort(kind="stable")[::-1]
     todo = todo.iloc[longest_first]  # so that running out of memory shows at once
     bar = progress(range(0, len(todo), batch_size), desc=f"rewrite ({rewriter.name})")
@@ -50,7 +52,7 @@ def rewrite_table(
         done.update(_rewrite_batch(todo.iloc[start : start + batch_size], rewriter, own_file(log)))
     if shard is None:  # with `shard`, another run may be appending to the log right now
         merge_logs(log, table["id"])
-    done = _finished(log, table, rewriter.name) if world() > 1 else done
+    done = _finished(log, table, rewriter) if world() > 1 else done
     finished = table[table["id"].isin(done)]
     return finished.assign(rewritten_text=finished["id"].map(done), source=rewriter.name).reset_index(drop=True)
 
@@ -60,10 +62,11 @@ def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: Path) -> dict[s
     rows = [
         {
             "id": row,
-            "original": text_id(original),
+            "original_text": original,
             "rewrite_prompt": prompt,
             "rewritten_text": text,
             "rewriter": rewriter.name,
+            "seed": getattr(rewriter, "seed", 0),
         }
         for row, original, prompt, text in zip(
             batch["id"], batch["original_text"], batch["rewrite_prompt"], rewritten, strict=True
@@ -74,17 +77,18 @@ def _rewrite_batch(batch: pd.DataFrame, rewriter: Rewriter, log: Path) -> dict[s
     return {row["id"]: row["rewritten_text"] for row in rows}
 
 
-def _finished(log: Path, table: pd.DataFrame, rewriter: str) -> dict[str, str]:
+def _finished(log: Path, table: pd.DataFrame, rewriter: Rewriter) -> dict[str, str]:
     """id -> rewritten text of the finished rows; refuses a log whose ids stand for other texts, prompts or rewriters."""
     expected = {
         row["id"]: {
-            "original": text_id(row["original_text"]),
+            "original_text": row["original_text"],
             "rewrite_prompt": row["rewrite_prompt"],
-            "rewriter": rewriter,
+            "rewriter": rewriter.name,
+            "seed": getattr(rewriter, "seed", 0),
         }
         for row in table.to_dict("records")
     }
-    fields = ("original", "rewrite_prompt", "rewritten_text", "rewriter")
+    fields = ("rewrite_prompt", "rewritten_text", "rewriter")
     rows = read_finished([log, *part_files(log)], expected, fields, ("rewriting", "rewritten"))
     return {identifier: row["rewritten_text"] for identifier, row in rows.items()}
 

@@ -9,6 +9,7 @@ Does not compare methods: see comparison.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -134,7 +135,7 @@ class HuggingFaceT5Scorer(Scorer):
         from safetensors.torch import load_file
         from transformers import T5EncoderModel
 
-        self.directory = directory = Path(directory)
+        self.directory = directory = _copy_of(directory)
         for needed in ("spiece.model", "config.json", "2_Dense/model.safetensors"):
             if not (directory / needed).is_file():
                 raise InputError(
@@ -165,6 +166,20 @@ class HuggingFaceT5Scorer(Scorer):
             hidden = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, t, 768]
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             return torch.nn.functional.normalize(pooled @ self._dense.T, dim=-1).cpu().numpy()
+
+
+def _copy_of(model: str | Path) -> Path:
+    """A model's folder; where `model` is a name on the Hugging Face hub, its copy, downloaded if need be."""
+    if Path(model).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["spiece.model", "config.json", "model.safetensors", "2_Dense/model.safetensors"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{model}: no such folder, nor to be had from the hub ({reason}); give a local copy") from None
 
 
 def minilm_directory() -> Path:

@@ -213,9 +213,11 @@ class T5Encoder(SearchEncoder):
 
     name = HuggingFaceT5Scorer.name
 
-    def __init__(self, directory: str | Path, dtype: str = "float32") -> None:
+    def __init__(
+        self, directory: str | Path, dtype: str = "float32", scorer: HuggingFaceT5Scorer | None = None
+    ) -> None:
         quiet_frameworks()
-        scorer = HuggingFaceT5Scorer(directory)
+        scorer = scorer or HuggingFaceT5Scorer(directory)
         self._sentencepiece, self._dense = scorer._pieces, scorer._dense
         self.after = (T5_EOS,)
         count = self._sentencepiece.get_piece_size()
@@ -249,7 +251,9 @@ def encoder_of(scorer: Scorer, dtype: str = "") -> SearchEncoder | None:
     dtype = dtype or ("bfloat16" if native_bfloat16() else "float32")
     opened = vars(scorer).setdefault("_search_encoders", {})
     if dtype not in opened:
-        kinds = {MiniLMScorer: MiniLMEncoder, HuggingFaceT5Scorer: T5Encoder}
-        kind = next((kinds[known] for known in kinds if isinstance(scorer, known)), None)
-        opened[dtype] = kind(scorer.directory, dtype) if kind else None
+        opened[dtype] = None
+        if isinstance(scorer, MiniLMScorer):
+            opened[dtype] = MiniLMEncoder(scorer.directory, dtype)
+        elif isinstance(scorer, HuggingFaceT5Scorer):
+            opened[dtype] = T5Encoder(scorer.directory, dtype, scorer)
     return opened[dtype]

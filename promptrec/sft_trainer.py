@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from promptrec.distributed import gather, world
 from promptrec.errors import InputError
 from promptrec.language_model import compute_dtype
+from promptrec.tables import progress
 
 if TYPE_CHECKING:
     from promptrec.lora import LoraSettings
@@ -101,6 +102,26 @@ class AnswerOnlyTrainer(SFTTrainer):
         return metrics
 
 
+class Bar(TrainerCallback):
+    """A progress bar over the steps with what was logged last; silent where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = progress(None, desc="fine-tune", total=state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.told |= {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss", "eval_scs") if name in logs}
+        self.bar.set_postfix(self.told)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
 class TimeBudget(TrainerCallback):
     """Stops training, after saving, before a notebook session is cut off; all processes at the same step."""
 
@@ -131,12 +152,15 @@ def batch_share(batch_size: int, accumulation: int, processes: int) -> tuple[int
 def training_arguments(settings: LoraSettings, folder: Path, by_scs: bool = True) -> SFTConfig:
     """The settings in the trainer's terms, shared out among the processes of this run."""
     on_gpu = torch.cuda.is_available()
+    constant = (
+        settings.schedule == "constant" and settings.warmup > 0
+    )  # transformers' own constant one does not warm up
     batch_size, accumulation = batch_share(settings.batch_size, settings.accumulation, world())
     return SFTConfig(
         output_dir=str(folder),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=f"{settings.schedule}_with_warmup" if constant else settings.schedule,
         warmup_steps=int(settings.warmup * settings.steps),
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,

@@ -16,7 +16,7 @@ from promptrec.errors import InputError
 from promptrec.inference import NEEDED, Shot
 from promptrec.scoring import get_scorer, unit
 from promptrec.splits import clusters_of
-from promptrec.text_features import LAST, TextEncoder
+from promptrec.text_features import LAST, TextEncoder, text_encoder
 
 LIKENESS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "both": lambda old, new: unit(np.concatenate([old, new], axis=1)),
@@ -68,7 +68,7 @@ class SimilarShots:
     def __init__(
         self, pool: pd.DataFrame, count: int, words: int, likeness: str = "change", encoder: TextEncoder | None = None
     ) -> None:
-        self.count, self.words, self.likeness, self.encoder = count, words, likeness, encoder or TextEncoder()
+        self.count, self.words, self.likeness, self.encoder = count, words, likeness, encoder or text_encoder()
         self.vectors, self.solved = self._vectors(pool), as_shots(pool)
 
     def __call__(self, table: pd.DataFrame) -> list[list[Shot]]:

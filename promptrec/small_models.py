@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from promptrec.data import TEXT_COLUMNS, check_cells
 from promptrec.errors import InputError
 from promptrec.language_model import check_model_directory, compute_dtype
-from promptrec.profiles import quiet_frameworks
+from promptrec.profiles import attach_hint, quiet_frameworks
 from promptrec.tables import progress
 from promptrec.text_features import native_bfloat16
 
@@ -85,7 +85,8 @@ def load(kind: type, path: str | Path, **options: object) -> tuple:
     try:
         return kind.from_pretrained(path, use_safetensors=True, **options), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be loaded ({str(error).splitlines()[0][:120]}); attach its folder") from None
+        hint = attach_hint(path, "attach its folder")
+        raise InputError(f"{path}: cannot be loaded ({str(error).splitlines()[0][:120]}); {hint}") from None
 
 
 def check_training_texts(train: pd.DataFrame) -> None:

@@ -6,7 +6,7 @@ Why: prompts shared by train and test let a model look its answers up. Several p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,18 @@ def clusters_of(prompts: Sequence[str]) -> np.ndarray:
     """Cluster number of each prompt, [n]: by MiniLM, whatever scores, because the threshold is a MiniLM cosine."""
     from promptrec.scoring import get_scorer
 
-    return cluster_prompts(get_scorer("minilm").encode(list(prompts)))
+    places, distinct = pd.factorize(np.asarray(list(prompts), dtype=object))  # many rows may share a prompt
+    return cluster_prompts(get_scorer("minilm").encode(distinct.tolist()))[places]
+
+
+def wordings_of(prompts: Sequence[str], others: Iterable[str]) -> np.ndarray:
+    """Which of the prompts, [n], are a wording of one of the others, by MiniLM."""
+    from promptrec.scoring import get_scorer
+
+    minilm, others = get_scorer("minilm"), sorted(set(others))
+    if not others:
+        return np.zeros(len(prompts), bool)
+    return (minilm.encode(list(prompts)) @ minilm.encode(others).T).max(1) >= SAME_PROMPT
 
 
 def cluster_prompts(embeddings: np.ndarray, threshold: float = SAME_PROMPT, block: int = 2048) -> np.ndarray:
@@ -108,6 +119,8 @@ def check_split(table: pd.DataFrame) -> pd.DataFrame:
     for column in ("prompt_cluster", "split"):
         if table[column].isna().any():
             raise InputError(f"split: {int(table[column].isna().sum())} rows have no {column}; split the table again")
+    if len(odd := sorted(set(table["split"].astype(str)) - set(SPLITS))):
+        raise InputError(f"split: {odd[0]!r} is none of {', '.join(SPLITS)}; name the splits so")
     for column in ("prompt_cluster", "original_text", "rewrite_prompt"):
         sides = table.groupby(column)["split"].nunique()
         if (sides > 1).any():

@@ -44,6 +44,8 @@ def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool
     table, and for missing `required` columns.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
         hint = attach_hint(path, f"check the path (current folder: {Path.cwd()})")
         raise InputError(f"{path}: no such file; {hint}")
@@ -62,10 +64,23 @@ def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
     if table.empty and not allow_empty:
         raise InputError(f"{path}: the table has no rows")
+    if path.suffix == ".csv" and not isinstance(
+        table.index, pd.RangeIndex
+    ):  # pandas makes an index of the cells too many
+        raise InputError(f"{path}: its rows have more cells than the header names; quote texts that hold commas")
     require_columns(table, required, str(path))
     if "id" in table:
-        table["id"] = table["id"].map(lambda value: value if pd.isna(value) else str(value))
+        if (odd := table["id"].map(lambda value: isinstance(value, list | dict))).any():
+            raise InputError(f"{path}: row {int(odd.argmax()) + 1}: id is a list or an object; give text or a number")
+        table["id"] = table["id"].map(_id_text)
     return table
+
+
+def _id_text(value: object) -> object:
+    """An id as a string, whether a format keeps 7 as 7 or as 7.0; a missing one as it is."""
+    if pd.isna(value):
+        return value
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def require_columns(table: pd.DataFrame, required: Iterable[str], where: str) -> None:
@@ -265,11 +280,12 @@ def _git_revision() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def progress(iterable: Iterable, **options: object):
+def progress(iterable: Iterable | None, disable: bool = False, **options: object):
     """A tqdm bar on a terminal; silent elsewhere, so that committed notebooks hold no progress-bar debris.
 
     Of several processes (torchrun) the first one draws it.
     """
     from tqdm import tqdm
 
-    return tqdm(iterable, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0", **options)
+    disable = disable or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+    return tqdm(iterable, disable=disable, **options)

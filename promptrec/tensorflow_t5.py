@@ -105,23 +105,34 @@ class WorkerEncoder:
 
     def __init__(self, model: str | Path) -> None:
         self._model, self._errors = model, tempfile.TemporaryFile()  # noqa: SIM115  it lives as long as the worker
+        self._start()
+
+    def _start(self) -> None:
         paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "promptrec.tensorflow_t5", str(model)],
+            [sys.executable, "-m", "promptrec.tensorflow_t5", str(self._model)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env=os.environ | NO_ACCELERATOR | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for the process that asks
         )
         self.close = weakref.finalize(self, _end, self.process)
         self._answer()  # the model is loaded, or the reason why not
 
     def __call__(self, texts: list[str]) -> np.ndarray:
+        if self.process is None:
+            self._start()
         try:
             _send(self.process.stdin, texts=texts)
+            return self._answer()
         except BrokenPipeError:
             raise self._ended() from None
-        return self._answer()
+        except KeyboardInterrupt:  # an answer still to come must not be taken for that of the next batch
+            self.process.kill()
+            self.close()
+            self.process = None
+            raise
 
     def _answer(self) -> np.ndarray | None:
         line = self.process.stdout.readline()

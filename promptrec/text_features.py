@@ -8,12 +8,13 @@ twice. Does not predict: see embedding.py.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -134,7 +135,7 @@ class TextEncoder:
         """Load the shards not read yet, unless every key is known."""
         if set(keys) <= self._known.keys():
             return
-        for shard in sorted(set(self.cache.glob("*.npz")) - self._shards):
+        for shard in sorted(set(self.cache.glob("[!.]*.npz")) - self._shards):
             self._shards.add(shard)
             if saved := read_arrays(shard):
                 self._known.update(zip(saved["keys"].tolist(), saved["vectors"], strict=True))
@@ -147,6 +148,16 @@ class TextEncoder:
         save_arrays(shard, keys=np.array(keys), vectors=vectors)
 
 
+def text_encoder() -> TextEncoder:
+    """The one of this process and cache folder: what it has read from there, hundreds of megabytes, is read once."""
+    return _text_encoder(cache_folder())
+
+
+@lru_cache(maxsize=1)
+def _text_encoder(_: Path) -> TextEncoder:
+    return TextEncoder()
+
+
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an .npz all at once: a killed run leaves no half file. A cache that cannot be written is left out."""
     with suppress(OSError):
@@ -157,16 +168,29 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """What save_arrays wrote; empty where there is no file, or none that can be read."""
     try:
         with np.load(path, allow_pickle=False) as saved:
-            return dict(saved)
+            arrays = dict(saved)
     except (OSError, ValueError, EOFError, BadZipFile):
         return {}
+    with suppress(OSError):  # a cache may be read-only
+        os.utime(path)  # so that keep_last_used keeps it
+    return arrays
 
 
-def keep_newest(folder: Path, most: int) -> None:
-    """Remove all but the `most` arrays of a folder that were written last: a cache of large files must not grow for ever."""
+def packed(texts: Iterable[str]) -> np.ndarray:
+    """Texts as one array of bytes; an array of texts would give each as much room as the longest takes."""
+    return np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+
+
+def unpacked(array: np.ndarray) -> list[str]:
+    """The texts of `packed`."""
+    return json.loads(array.tobytes())
+
+
+def keep_last_used(folder: Path, most: int) -> None:
+    """Remove all but the `most` arrays of a folder that were used last: a cache of large files must not grow for ever."""
     with suppress(OSError):
-        written = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-        for path in written[:-most]:
+        used = sorted(folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime)
+        for path in used[:-most]:
             path.unlink(missing_ok=True)
 
 
@@ -241,7 +265,7 @@ class PairFeatures:
     @cached_property
     def rarity(self) -> Counter:
         """In how many training rewrites each word occurs."""
-        return Counter(dict(zip(self.state["words"].tolist(), self.state["word_rows"].tolist(), strict=True)))
+        return Counter(dict(zip(unpacked(self.state["words"]), self.state["word_rows"].tolist(), strict=True)))
 
     def fit_transform(self, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """Fit on a table with original_text and rewritten_text; its (flat [n, f], directions [n, 15, 384]), float32."""
@@ -251,7 +275,7 @@ class PairFeatures:
         lines = [_ridge(old[:, pool], new[:, pool]) for pool in range(len(POOLS))]
         self.state = {
             "rows": np.array(len(after)),
-            "words": np.array(list(rarity)),
+            "words": packed(rarity),
             "word_rows": np.array(list(rarity.values())),
             "slopes": np.stack([slope for slope, _ in lines]),
             "intercepts": np.stack([intercept for _, intercept in lines]),

@@ -26,6 +26,7 @@ from promptrec.search_encoders import MAX_TOKENS, MiniLMEncoder, SearchEncoder, 
 from promptrec.search_methods import METHODS
 from promptrec.search_moves import Edits, edited, swap, unions
 from promptrec.search_space import RISE, Objective, Units
+from promptrec.tables import progress
 
 __all__ = ["Found", "MiniLMEncoder", "Objective", "SearchEncoder", "SearchSettings", "Step", "T5Encoder", "search"]
 
@@ -241,12 +242,18 @@ def search_many(
     rows = [SearchRow(units, *each, settings) for each in zip(objectives, starts, notes, strict=True)]
     known: dict[tuple[str, str], np.ndarray] = {}
     asked = {row: ask for row in rows if (ask := row.go_on(None))}
+    total = len(rows) * settings.evaluations
+    bar = progress(
+        None, disable=len(rows) == 1, desc="search", total=total, leave=False
+    )  # who searches once has its own
     while asked:
+        bar.update(sum(row.evaluations for row in rows) - bar.n)
         kind = Counter(kind for kind, _ in asked.values()).most_common(1)[0][0]
         turn = {row: items for row, (ask, items) in asked.items() if ask == kind}
         answers = _gradients(encoder, turn) if kind == "gradient" else _vectors(encoder, kind, turn, known)
         asked = {row: ask for row, ask in asked.items() if row not in turn}
         asked |= {row: ask for row, answer in answers.items() if (ask := row.go_on(answer))}
+    bar.close()
     return [row.found() for row in rows]
 
 

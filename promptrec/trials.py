@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from promptrec.data import TEXT_COLUMNS
@@ -31,7 +30,7 @@ from promptrec.methods import METHODS, Task, check_method, methods_of, shipped_w
 from promptrec.profiles import Profile
 from promptrec.scoring import profile_scorer
 from promptrec.tables import claim, progress, read_json, read_table, versions, write_json, write_table
-from promptrec.text_features import digest, read_arrays, save_arrays
+from promptrec.text_features import digest, packed, read_arrays, save_arrays, unpacked
 
 RSS_A_MIB = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on a Mac, KiB elsewhere
 
@@ -106,12 +105,12 @@ def _evenly(table: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 
 def _keep_vectors(folder: Path, rows: pd.DataFrame, profile: Profile) -> None:
     """Embed every prompt that may be answered with once, not once in each process."""
-    if read_arrays(folder / "prompts.npz"):
+    if read_arrays(folder / "vectors.npz"):
         return
     task = Task(profile, rows[rows["split"] == "train"], rows, folder)
     texts = sorted({*task.bank, *rows["rewrite_prompt"]})
     vectors = task.scorer.encode(texts, show_progress=True)
-    save_arrays(folder / "prompts.npz", texts=np.array(texts), vectors=vectors)
+    save_arrays(folder / "vectors.npz", texts=packed(texts), vectors=vectors)
 
 
 # --- one trial, in a process of its own
@@ -134,8 +133,8 @@ class Clock:
 def run_trial(trial: Trial, profile: Profile) -> dict:
     """Fit the method, let it answer the validation and test rows, score the answers, write the result."""
     rows = read_table(trial.folder / "rows.csv")
-    if known := read_arrays(trial.folder / "prompts.npz"):
-        profile_scorer(profile).remember(known["texts"].tolist(), known["vectors"])
+    if known := read_arrays(trial.folder / "vectors.npz"):
+        profile_scorer(profile).remember(unpacked(known["texts"]), known["vectors"])
     train, held = rows[rows["split"] == "train"], rows[rows["split"] != "train"]
     held = _with_answers(held.reset_index(drop=True), trial)
     validation = held[held["split"] == "validation"].reset_index(drop=True)

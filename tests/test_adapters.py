@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from promptrec import adapters
 from promptrec.adapters import Factors
@@ -215,6 +217,14 @@ def test_alpha_is_read_as_peft_reads_it(tmp_path):
     stabilised = adapters.read_peft(peft_folder(tmp_path / "b", QUERY, use_rslora=True))[key]
     except_for = adapters.read_peft(peft_folder(tmp_path / "c", QUERY, alpha_pattern={"q_proj": 6}))[key]
     assert [float(f.right[0, 0]) for f in (plain, stabilised, except_for)] == pytest.approx([2, 4 / 2**0.5, 3])
+
+
+def test_an_adapter_in_bfloat16_is_read(tmp_path):
+    folder = peft_folder(tmp_path / "a", QUERY)
+    save_torch(
+        {name: torch.ones(shape).bfloat16() for name, shape in QUERY.items()}, folder / "adapter_model.safetensors"
+    )
+    assert adapters.read_peft(folder)[0, "q_proj"].left.dtype == np.float64
 
 
 def test_what_keras_cannot_carry_is_named(tmp_path):

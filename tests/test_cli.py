@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from easy_triples import easy
 
+from promptrec.data import load_triples
 from promptrec.decoding import DecodingSettings
 from promptrec.embedding import EmbeddingRecoverer
 from promptrec.predictor import PredictorSettings
@@ -41,12 +42,15 @@ def inputs(tmp_path):
     write_table(TRIPLES.head(2), tmp_path / "short.csv")
     write_table(TRIPLES.assign(split="train", prompt_cluster=[0, 1, 2]), tmp_path / "train-only.csv")
     write_table(TRIPLES.assign(split=["train", "test", "train"], prompt_cluster=0), tmp_path / "leaking.csv")
+    write_table(TRIPLES.assign(split="training"), tmp_path / "spelt.csv")
+    (tmp_path / "listed.jsonl").write_text('{"id": ["a"], "original_text": "x", "rewritten_text": "y"}\n')
+    (tmp_path / "ragged.csv").write_text("original_text,rewritten_text\na text, and more,its rewrite\n")
     (tmp_path / "header.csv").write_text("id,original_text,rewrite_prompt,rewritten_text\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "latin.csv").write_bytes("id,original_text,rewritten_text\n1,caf\xe9,x\n".encode("latin-1"))
     (tmp_path / "torn.jsonl").write_text('{"id": "a", "orig')
     (tmp_path / "log.jsonl").write_text(
-        '{"id": "a", "original": "0", "rewrite_prompt": "other", "rewritten_text": "x", "rewriter": "rules (stand-in)"}\n'
+        '{"id": "a", "original_text": "0", "rewrite_prompt": "other", "rewritten_text": "x", "rewriter": "rules (stand-in)"}\n'
     )
     (tmp_path / "folder.csv").mkdir()
     return tmp_path
@@ -67,6 +71,12 @@ BAD = {
     "recover in.csv --out p.csv --seed -1": "Invalid value for '--seed'",
     "recover in.csv --out p.csv --profile laptop": "profile 'laptop' is unknown; choose one of",
     "recover in.csv --out p.csv --method magic": "method 'magic' is unknown; choose one of constant",
+    "recover in.csv --out p.csv --seed 4294967296": "Invalid value for '--seed'",
+    "recover in.csv --out in.csv --method constant": "--out in.csv: is a file that is read; name another",
+    "recover in.csv --out other.csv --method best-constant --train other.csv": "is a file that is read",
+    "recover in.csv --out p.csv --method best-constant --train spelt.csv": "no row has split 'train' (found: 'training')",
+    "recover listed.jsonl --out p.csv --method constant": "row 1: id is a list",
+    "score in.csv truth.csv --scorer t5-hf --scorer-model nobody/nothing": "no such folder, nor to be had from the hub",
     "recover in.csv --out p.xlsx": "name a file ending in .csv or .jsonl or .parquet",
     "rewrite in.csv --out p.csv": "name a file ending in .jsonl",
     "rewrite in.csv --out p.jsonl --shard 2/2": "write INDEX/COUNT",
@@ -81,7 +91,8 @@ BAD = {
     "compare in.csv --out o --seeds 0": "Invalid value for '--seeds'",
     # what stands in the files
     "recover nowhere.csv --out p.csv --method constant": "nowhere.csv: no such file",
-    "recover folder.csv --out p.csv --method constant": "folder.csv: no such file",
+    "recover folder.csv --out p.csv --method constant": "folder.csv: is a folder",
+    "recover ragged.csv --out p.csv --method constant": "ragged.csv: its rows have more cells than the header names",
     "recover empty.csv --out p.csv --method constant": "empty.csv: the file is empty",
     "recover header.csv --out p.csv --method constant": "header.csv: the table has no rows",
     "recover latin.csv --out p.csv --method constant": "latin.csv: not UTF-8",
@@ -95,13 +106,14 @@ BAD = {
     "rewrite header.csv --out p.jsonl": "header.csv: the table has no rows",
     "rewrite null.jsonl --out p.jsonl": "row 2: rewrite_prompt is blank",
     "rewrite in.csv --out unknown.jsonl": "'Make it a sea shanty' is not a prompt of the grammar",
-    "rewrite in.csv --out log.jsonl": "id 'a' was rewritten with another original",
+    "rewrite grammar.csv --out log.jsonl": "id 'a' was rewritten with another original_text",
     "score null.jsonl truth.csv": "predictions: id 'b' has a blank rewrite_prompt",
     "score twice.csv truth.csv": "predictions: row 2: id 'a' is missing or occurs twice",
     "score other.csv truth.csv": "predictions: id 'z' is not in the truth",
     "score short.csv truth.csv": "predictions: no row for id 'c'",
     "score in.csv null.jsonl": "truth: id 'b' has a blank",
     "finetune train-only.csv --out adapter": "3 training and 0 validation rows; both are needed",
+    "finetune spelt.csv --out adapter": "split: 'training' is none of train, validation, test",
     "finetune leaking.csv --out adapter": "prompt_cluster '0' lies in 2 splits",
     "compare nowhere.csv --out o --methods constant": "nowhere.csv: no such file",
     "compare truth.csv --out o --methods constant": "truth.csv: no column original_text",
@@ -130,7 +142,7 @@ def test_bad_settings_of_the_environment_are_bad_input_too(cli, inputs, monkeypa
     assert (code, err.count("\n")) == (2, 1) and "profile 'mainframe' is unknown" in err
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(cli, inputs, monkeypatch):
+def test_a_full_disk_is_one_line_and_what_was_answered_is_kept(cli, inputs, monkeypatch):
     import errno
 
     before = files_in(inputs)
@@ -138,10 +150,40 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(cli, inputs, monkeypatch):
     def full(table, target, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    code, _, err = cli("recover", "in.csv", "--out", "p.csv", "--method", "constant")
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_csv", full)
+        code, _, err = cli("recover", "in.csv", "--out", "p.csv", "--method", "constant")
     assert (code, err) == (2, "promptrec: output: No space left on device; choose another place or free space\n")
-    assert files_in(inputs) == before
+    assert files_in(inputs).keys() - before.keys() == {"p.csv.part-0.jsonl"}
+    assert cli("recover", "in.csv", "--out", "p.csv", "--method", "constant")[0] == 0
+    assert files_in(inputs).keys() - before.keys() == {"p.csv", "p.csv.manifest.json"}
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(cli, inputs, monkeypatch):
+    monkeypatch.setattr("promptrec.methods.make_recoverer", lambda *arguments: pytest.fail("it began"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != inputs)
+    code, _, err = cli("recover", "in.csv", "--out", "new/p.csv")
+    assert code == 2 and f"--out new/p.csv: nothing can be written to {inputs}; choose another place" in err
+
+
+def test_a_stopped_recovery_keeps_its_answers_and_other_files_do_not_go_on_with_them(cli, inputs, monkeypatch):
+    write_table(TRIPLES.assign(rewrite_prompt="Make it rhyme"), inputs / "more.csv")
+    line = ("recover", "in.csv", "--out", "p.csv", "--method", "best-constant", "--train", "more.csv")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("promptrec.tables.write_table", killed)
+        assert cli(*line)[0] == 130
+    assert read_jsonl(inputs / "p.csv.part-0.jsonl")[0]["id"] == "a"
+    write_table(TRIPLES.assign(rewrite_prompt="Make it short"), inputs / "more.csv")  # another file by the same name
+    code, _, err = cli(*line)
+    assert code == 2 and "id 'a' was answered with another run; name a new --out file" in err
+    write_table(TRIPLES.assign(rewrite_prompt="Make it rhyme"), inputs / "more.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr("promptrec.inference.predict_all", lambda *arguments: pytest.fail("it asked again"))
+        assert cli(*line)[0] == 0
 
 
 def test_an_error_of_the_program_is_not_dressed_up_as_bad_input(cli, inputs, monkeypatch):
@@ -160,7 +202,9 @@ def test_stopping_by_hand_says_that_work_is_kept(cli, inputs, monkeypatch):
     monkeypatch.setattr("promptrec.rewriting.rewrite_table", interrupted)
     code, _, err = cli("rewrite", "in.csv", "--out", "p.jsonl")
     assert code == 130
-    assert err == "promptrec: stopped; finished rows are kept, the same command goes on from there\n"
+    assert err == (
+        "promptrec: stopped; what rewrite, recover, finetune or compare had finished is kept: the same command goes on\n"
+    )
 
 
 # --- what works
@@ -244,6 +288,26 @@ def test_rewrite_names_rows_by_their_texts_where_they_have_no_id(cli, inputs):
     for _ in range(2):
         assert cli("rewrite", "anonymous.csv", "--out", "p.jsonl")[0] == 0
     assert len({row["id"] for row in read_jsonl(inputs / "p.jsonl")}) == len(read_jsonl(inputs / "p.jsonl")) == 3
+
+
+def test_a_setting_that_nothing_asked_for_is_named(cli, inputs, monkeypatch):
+    line = ("recover", "in.csv", "--out", "p.csv", "--method", "constant")
+    monkeypatch.setenv("PROMPTREC_SETTINGS", '{"Decoding.evaluations": 4}')
+    assert cli(*line)[::2] == (0, "promptrec: PROMPTREC_SETTINGS: nothing here has a setting Decoding.evaluations\n")
+    monkeypatch.setenv("PROMPTREC_SETTINGS", "{")
+    for command in (line, ("doctor",)):
+        code, _, err = cli(*command)
+        assert code == 2 and "PROMPTREC_SETTINGS is not valid JSON" in err and err.count("\n") == 1
+
+
+def test_a_log_of_rewrites_is_a_file_of_triples(cli, inputs):
+    assert cli("rewrite", "grammar.csv", "--out", "log-of-three.jsonl")[0] == 0
+    triples = load_triples(inputs / "log-of-three.jsonl")
+    assert triples["original_text"].tolist() == TRIPLES["original_text"].tolist()
+
+
+def test_doctor_names_what_comes_from_the_hub(cli):
+    assert "fetched    google/gemma-7b-it, from the Hugging Face hub" in cli("doctor", "--profile", "gpu")[1]
 
 
 def test_doctor_reports_what_is_here(cli):

@@ -13,6 +13,7 @@ from promptrec.findings import (
     CLAIMS,
     READ,
     Claim,
+    comparison_claims,
     comparison_rows,
     contrasts,
     headroom,
@@ -55,10 +56,19 @@ def test_seeds_are_averaged_by_row_before_the_interval():
 
 def test_rows_of_the_comparison_can_be_read_by_method(tmp_path):
     rows = [dict.fromkeys(READ, 0) | row for row in ({"method": "constant"}, {"method": "embedding", "mean": 0.2})]
-    path = write_json({"rows": rows}, tmp_path / "compare.json")
+    claims = [{"better": "embedding", "difference": 0.1}, {"better": "constant", "difference": -0.1}]
+    path = write_json({"rows": rows, "claims": claims}, tmp_path / "compare.json")
     assert comparison_rows(["embedding", "none"], path)["mean"].tolist() == [0.2]
+    assert comparison_claims(["embedding", "none"], path)["difference"].tolist() == [0.1]
     with pytest.raises(InputError, match="run promptrec compare"):
         comparison_rows(path=tmp_path / "nowhere.json")
+
+
+def test_a_notebook_without_its_clone_has_no_comparison_to_show(tmp_path, monkeypatch):
+    monkeypatch.setattr("promptrec.findings.SHOWN", tmp_path / "nowhere.json")
+    rows = comparison_rows(["embedding"]).round(4)
+    assert len(rows) == 0 and list(rows.columns) == READ
+    assert len(comparison_claims(["embedding"]).round(4)) == 0
 
 
 def scores_of(methods: dict[str, list[float]]) -> pd.DataFrame:

@@ -104,3 +104,13 @@ def test_an_adapter_comes_with_history_and_manifest(tmp_path, profile):
     assert manifest["rows"] == 8 and manifest["config"]["settings"]["rank"] == 2
     assert manifest["config"]["scorer"] == "MiniLM (proxy)"
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_manifest_counts_the_seconds_of_all_calls(tmp_path, profile):
+    path = write_triples(tmp_path / "t.csv", prompt_cluster=range(12), split=["train"] * 8 + ["validation"] * 4)
+    manifest = tmp_path / "adapter.manifest.json"
+    changes = {"steps": 4, "evaluate_every": 2, "batch_size": 4, "rank": 2}
+    finetuning.finetune_file(path, tmp_path / "adapter", profile, **changes)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"seconds": 3600.0}))
+    finetuning.finetune_file(path, tmp_path / "adapter", profile, **changes)  # finished already
+    assert 3600 <= json.loads(manifest.read_text())["seconds"] < 3700

@@ -56,6 +56,22 @@ def test_held_out_rows_of_a_users_file_are_not_trained_on(tmp_path):
     assert set(rows["rewrite_prompt"]) <= set(training_triples([path])["rewrite_prompt"])
 
 
+def test_held_out_prompts_that_the_user_trains_on_are_not_chosen_by(tmp_path, monkeypatch):
+    held = shipped_triples(["validation"])
+    columns, known = ["original_text", "rewrite_prompt", "rewritten_text"], held["rewrite_prompt"].unique()
+    held[held["rewrite_prompt"].isin(known[:50])][columns].to_csv(tmp_path / "some.csv", index=False)
+    ours = [f"The ferry number {n} leaves the old harbour at six." for n in range(len(known))]
+    rows = pd.DataFrame({"original_text": ours, "rewrite_prompt": known, "rewritten_text": known + " Ahoy, sailor!"})
+    rows.to_csv(tmp_path / "all.csv", index=False)
+    tasks = []
+    monkeypatch.setattr("promptrec.methods.build", lambda name, task: tasks.append(task))
+    make_recoverer("blend", get_profile("local"), [tmp_path / "some.csv"])
+    left = set(tasks[0].validation["rewrite_prompt"])
+    assert left and not left & set(known[:50]) and not left & set(tasks[0].train["rewrite_prompt"])
+    with pytest.raises(InputError, match=r"method blend: .* nothing is left to choose by"):
+        make_recoverer("blend", get_profile("local"), [tmp_path / "all.csv"])
+
+
 def test_wordings_of_what_is_asked_are_kept_out_of_the_bank(tmp_path, monkeypatch):
     shipped = pd.DataFrame({"rewrite_prompt": ["Make it rhyme", "Turn the text into a legal contract"]})
     monkeypatch.setattr("promptrec.methods.shipped_prompts", lambda: shipped)

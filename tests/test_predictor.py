@@ -200,11 +200,12 @@ def random_answers(seed: int, rows: int, methods: int, width: int) -> np.ndarray
 @pytest.mark.parametrize("seed", range(5))
 def test_a_blend_moves_towards_the_answers_the_more_they_are_trusted(seed):
     posterior, answers = random_posterior(30, 12, seed), random_answers(seed, 30, 1, 12)
-    blends = [blend(posterior, answers, [trust]) for trust in (0, 2, 6, 20)]
+    blends = [blend(posterior, answers, [trust]) for trust in (0, 2, 6, 20, 500)]
+    assert all(np.isfinite(one.weights).all() for one in blends)
     assert blends[0].weights == pytest.approx(posterior.weights)
     nearness = [(one.vectors * answers[:, 0]).sum(1) for one in blends]
     assert all((after > before).all() for before, after in pairwise(nearness))
-    assert [one.shares.sum() for one in blends] == pytest.approx([0, 2 / 26, 6 / 30, 20 / 44])
+    assert [one.shares.sum() for one in blends] == pytest.approx([0, 2 / 26, 6 / 30, 20 / 44, 500 / 524])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -96,6 +96,27 @@ def test_a_finished_log_needs_no_rewriter(log):
     pd.testing.assert_frame_equal(first, again)
 
 
+def test_a_log_of_another_seed_is_refused_and_one_of_before_seeds_goes_on(log):
+    table, drawn = make_table(4), Shouter()
+    drawn.seed = 1
+    rewrite_table(table, drawn, log)
+    drawn.seed = 2
+    with pytest.raises(InputError, match="was rewritten with another seed"):
+        rewrite_table(table, drawn, log)
+    rows = [{key: value for key, value in row.items() if key != "seed"} for row in read_jsonl(log)]
+    log.unlink()
+    append_jsonl(log, rows)
+    assert len(rewrite_table(table, drawn, log)) == 4
+
+
+def test_a_prompt_that_cannot_be_carried_out_is_named_before_anything_is_done(log):
+    table = make_table(40).assign(rewrite_prompt="Pirate version, please")
+    table.loc[0, ["original_text", "rewrite_prompt"]] = "short", "Draw me a sheep"  # its turn would come last
+    with pytest.raises(InputError, match="'Draw me a sheep' is not a prompt of the grammar"):
+        rewrite_table(table, get_rewriter(get_profile("local")), log, batch_size=8)
+    assert not log.exists()
+
+
 def test_a_time_limit_ends_early_and_the_next_call_does_the_rest(log):
     table = make_table(20)
     assert rewrite_table(table, Shouter(), log, batch_size=5, stop_after=-1).empty

@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from promptrec.cleaning import strip_lead_in
+from promptrec.errors import InputError
 from promptrec.grammar import load_grammar
 from promptrec.prompt_bank import grammar_prompts
 from promptrec.rewriters import Rewriter
@@ -135,8 +136,9 @@ def test_repeated_sampling_varies_the_wording():
 def test_contract_and_support():
     rewriter = RulesRewriter()
     assert isinstance(rewriter, Rewriter) and rewriter.name == "rules (stand-in)"
-    assert rewriter.supports("Pirate version, please")
-    assert not rewriter.supports("Draw me a sheep")
+    rewriter.check(["Pirate version, please"])
+    with pytest.raises(InputError, match="'Draw me a sheep' is not a prompt of the grammar"):
+        rewriter.check(["Pirate version, please", "Draw me a sheep"])
     assert rewriter.rewrite([], []) == []
 
 

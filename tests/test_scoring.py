@@ -281,6 +281,20 @@ def test_a_twin_that_is_not_whole_is_refused_with_what_is_missing(tiny_t5, tmp_p
         get_scorer("t5-hf", str(tmp_path / "t5"))
 
 
+def test_a_twin_is_had_by_its_name_on_the_hub(tiny_t5, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tiny_t5.sentence_transformer)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    scorer = get_scorer("t5-hf", "someone/sentence-t5-base")
+    assert scorer.encode(STRINGS).shape[0] == len(STRINGS)
+    ((name, patterns),) = asked
+    assert name == "someone/sentence-t5-base" and not any(pattern.endswith((".bin", "*")) for pattern in patterns)
+
+
 # --- TensorFlow in a process of its own
 
 
@@ -320,6 +334,19 @@ def test_a_worker_that_dies_says_so_in_one_line(tiny_t5):
     with pytest.raises(InputError, match=r"process ended with code -9 \(") as caught:
         worker(["one"])
     assert "\n" not in str(caught.value)
+
+
+def test_an_interrupted_batch_does_not_answer_the_next_one(tiny_t5, monkeypatch):
+    worker = WorkerEncoder(tiny_t5.saved_model)
+    expected = worker(["three", "texts", "more"])
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(WorkerEncoder, "_answer", interrupted)
+        worker(["one", "two", "three"])  # asked, not answered
+    assert (worker(["three", "texts", "more"]) == expected).all()
 
 
 @pytest.mark.parametrize(

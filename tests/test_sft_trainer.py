@@ -1,11 +1,13 @@
 """The trainer's own parts: the order of the rows, the time budget, what counts as a checkpoint, the history."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from promptrec.errors import InputError
-from promptrec.sft_trainer import LengthGroupedSampler, batch_share, last_checkpoint, training_history
+from promptrec.sft_trainer import Bar, LengthGroupedSampler, batch_share, last_checkpoint, training_history
 
 
 def test_sampler_shows_every_row_once_and_depends_on_seed_and_epoch_only():
@@ -55,3 +57,16 @@ def test_processes_together_take_the_step_of_one(step, processes, share):
 def test_a_step_that_cannot_be_shared_out_is_refused():
     with pytest.raises(InputError, match="3 processes cannot share a step of 8 x 1 rows evenly"):
         batch_share(1, 8, 3)
+
+
+def test_the_bar_tells_the_step_and_what_was_logged_last(monkeypatch, capsys):
+    monkeypatch.setattr("promptrec.sft_trainer.progress", lambda *given, **options: tqdm(*given, ncols=120, **options))
+    bar, state = Bar(), SimpleNamespace(max_steps=8, global_step=2)  # a run that goes on at step 2
+    bar.on_train_begin(None, state, None)
+    for step, logs in ((3, {"loss": 1.5}), (4, {"eval_loss": 2.25, "eval_runtime": 9.0})):
+        state.global_step = step
+        bar.on_step_end(None, state, None)
+        bar.on_log(None, state, None, logs=logs)
+    bar.on_train_end(None, state, None)
+    last = capsys.readouterr().err.strip().split("\r")[-1]
+    assert "4/8" in last and "loss=1.500" in last and "eval_loss=2.250" in last and "runtime" not in last

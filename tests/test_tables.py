@@ -101,7 +101,7 @@ def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, name):
 def test_missing_file_and_folder_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         read_table(tmp_path / "nowhere.csv")
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="is a folder; name a file in it"):
         read_table(tmp_path)
 
 

@@ -21,10 +21,12 @@ from promptrec.text_features import (
     came_words,
     digest,
     frequent_words,
-    keep_newest,
+    keep_last_used,
+    packed,
     read_arrays,
     save_arrays,
     style_counts,
+    unpacked,
     words,
 )
 
@@ -105,15 +107,29 @@ def test_a_cache_that_cannot_be_written_is_done_without(new_encoder, monkeypatch
     assert not (tmp_path / "other").exists()
 
 
+def test_packed_texts_take_no_more_room_than_they_have_letters():
+    texts = ["été", "x" * 40_000, *map(str, range(1000))]
+    assert unpacked(packed(texts)) == texts and packed(texts).nbytes < 60_000
+
+
 @pytest.mark.parametrize("most, left", [(1, ["2.npz"]), (2, ["0.npz", "2.npz"]), (9, ["0.npz", "1.npz", "2.npz"])])
-def test_only_the_newest_fits_are_kept(tmp_path, most, left):
+def test_only_the_last_fits_are_kept(tmp_path, most, left):
     for name, written in (("0.npz", 20), ("1.npz", 10), ("2.npz", 30)):
         save_arrays(tmp_path / name, a=np.ones(1))
         os.utime(tmp_path / name, (written, written))
     (tmp_path / "note.txt").write_text("not a fit")
-    keep_newest(tmp_path, most)
+    keep_last_used(tmp_path, most)
     assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "note.txt"]
-    keep_newest(tmp_path / "none", most)
+    keep_last_used(tmp_path / "none", most)
+
+
+def test_a_fit_that_is_read_is_kept_before_one_that_is_newer(tmp_path):
+    for name, written in (("0.npz", 10), ("1.npz", 20)):
+        save_arrays(tmp_path / name, a=np.ones(1))
+        os.utime(tmp_path / name, (written, written))
+    assert read_arrays(tmp_path / "0.npz")["a"] == 1
+    keep_last_used(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.npz"]
 
 
 def test_a_damaged_shard_is_embedded_anew_and_mended(new_encoder):

@@ -200,9 +200,10 @@ keep("ridge, nearest prompt", scorer.encode(retrieved), retrieved)
 # %% [markdown]
 # ## Knowing how good an answer will be
 #
-# Each head was trained without one fold of the prompt clusters. On that fold one sees what a posterior *claims* (its own
-# mean score of its mean vector) and what it *reached*; a rising curve through these pairs turns claims into expected
-# scores. The test rows below had no part in it.
+# Each head but the last was trained without one fold of the prompt clusters, the last on all rows. On the fold that a head
+# lacked one sees what a posterior *claims* (its own mean score of its mean vector) and what it *reached*; a rising curve
+# through these pairs turns claims into expected scores. The test rows below had no part in it. (Rows that reached more than
+# the axis shows are not drawn.)
 
 
 # %%
@@ -260,7 +261,7 @@ print("expected by the choice:", values.max(1).mean().round(4), " by the nearest
 # trained for the score of their **mean vector**; how the weights lie around it is rougher, and a string that is built for
 # the highest mean score chases a few heavy prompts that are often wrong. On 200 real rewrites, of as many prompt clusters,
 # strings joined for the posterior scored .093 under MiniLM and strings joined for the vector .109, after the same number of
-# encodings. So a string's aim is the cosine with the vector.
+# encodings (one run, no interval). So a string's aim is the cosine with the vector.
 #
 # ## Joining prompts
 #
@@ -310,7 +311,7 @@ keep("joined prompts", joined_vectors, joined)
 # %%
 encoder, aim = encoder_of(scorer), vectors[3]
 learnt, units, candidates = token_vectors(encoder), text.split(), frequent_words(recoverer.bank)
-print(f"cosine of summed token vectors with the encoder, shipped prompts: {fidelity(learnt, encoder, joined):.3f}")
+print(f"cosine of summed token vectors with the encoder, the joined strings: {fidelity(learnt, encoder, joined):.3f}")
 held, added = (learnt.sums([encoder.token_ids(unit) for unit in many]) for many in (units, candidates))
 whole = held.sum(0) + learnt.offset
 whole = scorer.encode([text])[0] * np.linalg.norm(whole)  # where the string is known to be
@@ -458,13 +459,14 @@ if report is not None:
 #
 # The bank still holds far better prompts than the one that is chosen, and the encoder that reads the texts is frozen: it was
 # trained to say what a text is about, not how it is written. Training its two upper layers along with a head was tried: on
-# a split like that of source 2 it brought .265 where a head alone has .256 (478 rows), for eight minutes a head on two
+# a split like that of source 2 it brought .265 where a head alone has .256 (478 rows, no interval), for eight minutes a head on two
 # cores instead of one. Not worth it here; with a GPU it might be.
 #
 # One more thing was tried and left out: to estimate from all the rows to be answered which prompts of the bank are in
 # demand, and to weigh the bank by that (expectation maximisation, as for a shift of class priors). Without seeing a true
-# prompt it raised the vector's score on source 1 from .19 to .21, and lowered it on source 2 from .17 to .16; nothing
-# that can be seen without the truth told the two cases apart.
+# prompt it raised the vector's score on source 1 from .19 to .21, and lowered it on 700
+# rows of source 2 from .17 to .16 (one run each, in no benchmark); nothing that can be seen without the truth told the
+# two cases apart.
 #
 # ## What was written
 

@@ -184,7 +184,8 @@ by_likelihood = infilling.recover(test)
 score("infilling, length by likelihood", by_likelihood)
 
 # %% [markdown]
-# After so few steps the likelihood says nearly the same to all rows, and scores less than a length drawn; with the
+# In the curves the likelihood still rises at the longest length tried, or close to it: the mean over tokens favours long
+# answers. After so few steps it says nearly the same to all rows, and scores less than a length drawn; with the
 # comparison's steps it scores more (see below).
 #
 # Answers as they came. Where a word is said twice, or an article stands alone, one sees that no mask knew what the others
@@ -458,7 +459,7 @@ for place in np.linspace(0, len(test) - 1, 4).astype(int):
 # %% [markdown]
 # ### Polished
 #
-# What the decoder wrote can be the start of the word search of {doc}`mean-prompts`, towards the row's own
+# What the decoder wrote can be the start of the word search of {doc}`from-embedding-to-prompt`, towards the row's own
 # predicted vector. It comes nearer to the *vector*; whether it raises the score is another matter, as the vector is all it
 # knows.
 

@@ -19,7 +19,7 @@
 # |---|---|
 # | accelerator | none |
 # | time | about a minute and a half on one CPU core; longer where Part 2 has left no adapter |
-# | reads | the adapter of Part 2 and the triples of Part 1, where they are; else the shipped triples |
+# | reads | the adapter of Part 2 and the triples of Part 1, where they are; else the shipped triples; `benchmarks/compare.json`, where the clone has it |
 # | writes | `preference-answers.csv`: what each way answered, with its manifest |
 # | prerequisites | {doc}`../2-fine-tune` |
 
@@ -39,8 +39,8 @@
 # for.
 #
 # :::{warning}
-# Here the scorer is MiniLM, a proxy, the model has four million parameters, and a run has some dozens of answers to learn
-# from. A real run has ten thousands.
+# Here the scorer is MiniLM, a proxy, the model has 4.5 million parameters, and a run has some dozens of answers to learn
+# from. A real run has tens of thousands.
 # :::
 
 # %% [markdown]
@@ -428,7 +428,7 @@ names = ["zero-shot", "fine-tuned", "ppo-base", "ppo-tuned", "rloo", "dpo", "dpo
 comparison_rows(names).round(4)
 
 # %% [markdown]
-# Two things to hold against any row of it. The budget is that of a laptop: a method that needs ten thousands of samples
+# Two things to hold against any row of it. The budget is that of a laptop: a method that needs tens of thousands of samples
 # cannot show what it is worth. And the start decides: where no answer of the starting model earns anything, no way of
 # comparing its answers can help.
 #

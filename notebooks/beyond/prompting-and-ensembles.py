@@ -19,19 +19,19 @@
 # |---|---|
 # | accelerator | none |
 # | time | about a minute and a half on one CPU core |
-# | reads | the shipped triples; Part 2's adapter and `benchmarks/compare.json`, where they are there |
+# | reads | the shipped triples; Part 2's adapter and `benchmarks/compare.json`, where the clone has them |
 # | writes | `prompting-answers.csv`: what each way answered, with its manifest |
 # | prerequisites | {doc}`../3-evaluate` |
 
 # %% [markdown]
 # ## The idea
 #
-# Nothing is trained here. The weights stay as they are, and only the question changes: what stands before it, how the
+# Nothing is trained in the first half of this page. The weights stay as they are, and only the question changes: what stands before it, how the
 # answer has to begin, how often it is asked. In the competition such changes were cheap and moved the score, most of all
 # with models of seven billion parameters that can follow instructions.
 #
 # :::{warning}
-# The model here has four million parameters and was not made to follow instructions. It shows how each way works, and what it costs; it
+# The model here has 4.5 million parameters and was not made to follow instructions. It shows how each way works, and what it costs; it
 # cannot show what a large model would gain. All settings for large models are in `promptrec.prompting.LARGE`.
 # :::
 #
@@ -55,13 +55,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
 
 from promptrec import plots
 from promptrec.comparison import interval
 from promptrec.data import shipped_triples, slice_words
-from promptrec.errors import InputError
-from promptrec.findings import comparison_rows
+from promptrec.findings import comparison_claims, comparison_rows
 from promptrec.inference import best_constant, normalise
 from promptrec.language_model import token_ids
 from promptrec.lora import ADAPTER
@@ -71,7 +69,7 @@ from promptrec.scoring import profile_scorer, scs, unit
 from promptrec.shots import LIKENESS, SimilarShots, shot_pool
 from promptrec.tables import write_manifest, write_table
 from promptrec.templates import chat_of, recovery_request
-from promptrec.text_features import LAST, TextEncoder
+from promptrec.text_features import LAST, text_encoder
 
 pd.set_option("display.max_colwidth", 110)
 started = time.time()
@@ -157,7 +155,7 @@ pd.DataFrame({"asked": test["rewrite_prompt"], "answered": answers["zero-shot"]}
 
 # %%
 pool = shot_pool(train, asking.pool, asking.shot_words, asking.seed)
-encoder = TextEncoder()
+encoder = text_encoder()
 
 
 def changes(pairs: pd.DataFrame) -> np.ndarray:
@@ -330,7 +328,8 @@ by_temperature = pd.DataFrame(rows).set_index("temperature")
 by_temperature.round(4)
 
 # %% [markdown]
-# All temperatures together make one larger, mixed sample. This is what the method `sampled` chooses from.
+# All temperatures together make one larger, mixed sample. The method `sampled` chooses from a smaller mixture:
+# one sample at each of .5, .8 and 1.1.
 
 # %%
 mixed = [[text for texts in row for text in texts] for row in zip(*samples.values(), strict=True)]
@@ -358,12 +357,7 @@ plots.method_intervals(pd.DataFrame(found, index=["mean", "low", "high"]).T.rena
 # %%
 ASKED = ["zero-shot", "few-shot", "few-shot-similar", "few-shot-diverse"]
 OPENED = ["prefix-improve", "prefix-modify", "opening-verbs", "sampled"]
-try:
-    display(
-        comparison_rows(["best-constant", *ASKED, *OPENED, "fine-tuned", *(f"fine-tuned-{name}" for name in OPENED)])
-    )
-except InputError as error:
-    print("skipped:", error)
+comparison_rows(["best-constant", *ASKED, *OPENED, "fine-tuned", *(f"fine-tuned-{name}" for name in OPENED)])
 
 # %%
 out = Path(profile.out)
@@ -401,8 +395,6 @@ from promptrec.profiles import describe, override
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.prompting import build_prompted
 from promptrec.scoring import encode_candidates, get_scorer, scs
-from promptrec.series import notebooks_folder
-from promptrec.tables import read_json
 from promptrec.templates import rewrite_request
 
 # %% [markdown]
@@ -563,8 +555,9 @@ pd.DataFrame({"mean rank correlation with SCS": within}).round(3)
 #
 # The embedding method's posterior says how probable each prompt of the bank is. Then the best candidate is the one with
 # the highest expected score under it, and candidates may come from anywhere: all parts' answers and the whole bank (Kumar
-# and Byrne, 2004, for translation). The embedding method's own answer was joined to be best by that very measure, so it
-# is left out here; with it in, there would be nothing to choose.
+# and Byrne, 2004, for translation). The embedding method's own answer is left out, to show what
+# choosing alone can do: it was made to come near the posterior's mean vector, not to score best under the posterior, and by
+# this measure it would often lose to a worse prompt.
 
 # %%
 without = asked.drop(columns=answer_column("embedding"))
@@ -578,7 +571,7 @@ note({"mbr": bayes})
 #
 # The encoder averages over tokens, so two answers in a row land between the two. Which answers, and in what order? Greedily
 # by the score on the validation rows: take the part and the place that gain most, as long as something gains. Repeated
-# sentences and stops are left out of the join.
+# sentences are left out, and each sentence gets one stop. Where nothing gains, the join is one part's answer alone.
 
 # %%
 print(joining.join_answers(["Shout it..", "Make it sad", "shout it!"]))
@@ -671,7 +664,4 @@ comparison_rows([*singles, *ensembles]).round(4)
 # claim is confirmed or refuted only where the interval excludes zero.
 
 # %%
-claims = pd.DataFrame(read_json(notebooks_folder().parent / "benchmarks" / "compare.json").get("claims", []))
-if len(claims):
-    claims = claims[claims["better"].isin(ensembles)]
-claims.round(4)
+comparison_claims(ensembles).round(4)

@@ -35,6 +35,11 @@
 # 2. **Common words.** Words that many prompts share raise the score of an answer that says nothing else.
 # 3. **Holes in the encoder.** Some tokens pull every sentence towards every other one.
 #
+# ```{image} ../../images/cos3.svg
+# :alt: Curve of the score, the cube of the cosine. A vague constant answer at cosine 0.83 scores 0.58, a good answer at 0.89 scores 0.71, the exact prompt at 1 scores 1. The curve grows steeper to the right.
+# :width: 70%
+# ```
+#
 # :::{warning}
 # The scorer here is MiniLM, a proxy, with its own scale and its own holes. What is said about sentence-t5 is cited, or
 # measured where one is attached.
@@ -448,8 +453,8 @@ print(f"mean SCS of the answers as they are: {all_prompts.value(encoder.encode(a
 pd.DataFrame(rows, columns=["text", "read as", "one appended", "three", "eight"]).round(4)
 
 # %% [markdown]
-# All four are read as themselves. A few `[CLS]` are worth about as much as a good topical word, `[SEP]` less, and
-# `[MASK]` does harm. The hole is open, but there is little behind it: MiniLM has no high floor towards which everything
+# The first four are read as themselves; `</s>` is four ordinary pieces to MiniLM, and one or three of it gain more than as
+# many `[SEP]`. A few `[CLS]` are worth about as much as a good topical word, and `[MASK]` does harm. The hole is open, but there is little behind it: MiniLM has no high floor towards which everything
 # could be pulled. So `lucrarea` could not have been found with MiniLM. A trick belongs to an encoder *and* to its
 # tokenizer.
 #

@@ -36,7 +36,7 @@
 # the adapter, the steps, the batches, the lengths.
 #
 # :::{warning}
-# The runs on this page are a few dozen steps of a model of four million parameters. They show how each comparison is
+# The runs on this page are a few dozen steps of a model of 4.5 million parameters. They show how each comparison is
 # made. The figures at the end come from longer runs, on held-out rows, with several seeds.
 # :::
 
@@ -217,7 +217,7 @@ run("all rows", train)
 run("all rows, whole-text loss", train, "whole")
 run("few rows", few)
 run("few rows, narrow", narrow)
-reached = pd.DataFrame(reached).set_index("run")
+reached = pd.DataFrame(reached).set_index("run").assign(n=len(watched))
 reached.round(3)
 
 
@@ -276,7 +276,7 @@ def pass_often(rows: pd.DataFrame, loss: str) -> list[dict]:
 
 
 # %%
-passed = pd.DataFrame([point for loss in lora.LOSSES for point in pass_often(few, loss)])
+passed = pd.DataFrame([point for loss in lora.LOSSES for point in pass_often(few, loss)]).assign(n=len(held_out))
 passed.round(3)
 
 
@@ -325,7 +325,7 @@ comparison_rows(["fine-tuned", "fine-tuned-whole", "fine-tuned-small", "fine-tun
 # %% [markdown]
 # ### How this differs from the reports
 #
-# * They trained models of two billion parameters and more for thousands of steps; this one has four million, and sees at
+# * They trained models of two billion parameters and more for thousands of steps; this one has 4.5 million, and sees at
 #   most a part of the large set once. Only the runs with many passes above can overfit, and their set is small.
 # * Here the steps are the same for small and large sets. The paper counted epochs, so its large runs also took
 #   more steps.

@@ -11,7 +11,10 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Rewriter(Protocol):
-    """Anything with a `name` (it is written beside every row it made) and a batched `rewrite`."""
+    """Anything with a `name` and a batched `rewrite`. The name, and a `seed` where it has one, are written beside every row.
+
+    One that cannot carry out every prompt has a `check(prompts)`, called before the first batch, that raises InputError.
+    """
 
     name: str
 

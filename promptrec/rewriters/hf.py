@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from promptrec.language_model import GenerationSettings, generate, load_model, load_tokenizer
 from promptrec.profiles import model_name, override
@@ -19,10 +19,11 @@ class HuggingFaceRewriter:
     chat: str = "gemma"
     seed: int = 0
     quantise: bool = True
-    settings: GenerationSettings = field(default_factory=lambda: override(REWRITES))
+    settings: GenerationSettings | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
+        self.settings = self.settings or override(REWRITES, seed=self.seed)
         self.name = self.name or f"hf:{model_name(self.path)}"
         self.tokenizer = load_tokenizer(self.path)
         self.model = load_model(self.path, self.quantise)

@@ -6,7 +6,6 @@ is imported; profiles.activate() does that.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import pandas as pd
 
 from promptrec.errors import InputError
 from promptrec.profiles import attach_hint, model_name
-from promptrec.tables import progress
+from promptrec.tables import progress, read_json
 from promptrec.templates import REWRITE_WRAPS, chat_of, rewrite_request
 
 BUCKETS = (128, 256, 512, 1024)  # lengths (tokens) to which a batch is padded: one compilation each
@@ -51,9 +50,11 @@ def check_preset(path: str | Path) -> None:
 def gemma_config(path: str | Path) -> dict:
     """The sizes of a Gemma in Keras' words, read from the config.json of a Keras preset or a Hugging Face folder."""
     check_preset(path)
-    raw = json.loads((Path(path) / "config.json").read_text())
+    raw = read_json(Path(path) / "config.json")
     if "config" in raw:
         return raw["config"]
+    if raw.get("model_type") not in ("gemma", "gemma2"):
+        raise InputError(f"{path}: a {raw.get('model_type')!r} model; this path runs Gemma and Gemma 2")
     second = raw["model_type"] == "gemma2"
     return {
         "num_layers": raw["num_hidden_layers"],

@@ -7,7 +7,7 @@ where no language model can run; nothing measured on them says how well a method
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -37,13 +37,10 @@ class RulesRewriter:
     seed: int = 0
     name: str = "rules (stand-in)"
 
-    def supports(self, prompt: str) -> bool:
-        """Whether the prompt is one that the grammar can make."""
-        try:
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raise InputError where a prompt is none that the grammar can make."""
+        for prompt in prompts:
             parse_prompt(prompt)
-        except InputError:
-            return False
-        return True
 
     def rewrite(self, originals: list[str], prompts: list[str]) -> list[str]:
         """One rewritten text per (original, prompt); a few begin with a chat lead-in, as Gemma's do.
