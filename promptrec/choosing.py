@@ -19,7 +19,7 @@ from promptrec.data import check_cells, slice_words
 from promptrec.embedding import EmbeddingRecoverer, build_embedding
 from promptrec.errors import InputError
 from promptrec.inference import answer_column, check_pairs
-from promptrec.language_model import answer_log_likelihood, load_model, load_tokenizer, token_ids
+from promptrec.language_model import answer_log_likelihood, left_padded, load_model, load_tokenizer, token_ids
 from promptrec.predictor import Posterior, choose
 from promptrec.profiles import preset
 from promptrec.scoring import Scorer, encode_candidates
@@ -173,8 +173,8 @@ def first_token_logs(
     logs = np.zeros((len(encoded), len(wanted)))
     for start in progress(range(0, len(order), batch_size), desc="judge"):
         places = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [encoded[place] for place in places]}, return_tensors="pt").to(model.device)
-        logits = model(**batch, logits_to_keep=1).logits[:, -1].float()  # padded on the left
+        batch = left_padded(tokenizer, [encoded[place] for place in places], model.device)
+        logits = model(**batch, logits_to_keep=1).logits[:, -1].float()
         logs[places] = logits.log_softmax(-1)[:, wanted].cpu().numpy()
     return logs
 

@@ -201,6 +201,7 @@ def compare(
     chosen = _activated(profile)
     if out.is_file():
         raise InputError(f"--out {out}: is a file; name a folder")
+    _apart(out / "rows.csv", table)
     settings = override(CompareSettings(), rows=rows, seeds=seeds, jobs=jobs)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     print(summary(run_comparison(table, out, chosen, names, settings)))

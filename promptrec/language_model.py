@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -187,10 +188,7 @@ def generate(
 
 
 def _generate_batch(model, tokenizer, rows: list[list[int]], settings: GenerationSettings, stop: str) -> list[str]:
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # [n, width]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    padded = left_padded(tokenizer, rows, model.device)
     sampling = (
         {"do_sample": True, "temperature": settings.temperature, "top_k": 0}
         if settings.temperature
@@ -198,15 +196,21 @@ def _generate_batch(model, tokenizer, rows: list[list[int]], settings: Generatio
     )
     with torch.inference_mode():
         output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **padded,
             max_new_tokens=settings.max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=tokenizer.pad_token_id,
             eos_token_id=[tokenizer.eos_token_id, *stop_ids(tokenizer, stop)],
             **sampling,
         )
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=False)
+    texts = tokenizer.batch_decode(output[:, padded["input_ids"].shape[1] :], skip_special_tokens=False)
     return [until_end(text, tokenizer, stop) for text in texts]
+
+
+def left_padded(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], device: torch.device
+) -> BatchEncoding:
+    """Rows of token ids as input_ids and attention_mask [n, t], filled up on the left: generation continues the last token."""
+    return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(device)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, stop: str) -> list[int]:

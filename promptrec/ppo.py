@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import use_adapter
 
 from promptrec.errors import InputError
-from promptrec.language_model import compute_dtype, load_model, load_tokenizer, stop_ids, token_ids
+from promptrec.language_model import compute_dtype, left_padded, load_model, load_tokenizer, stop_ids, token_ids
 from promptrec.lora import LoraSettings, attach_adapter
 from promptrec.profiles import override, preset
 from promptrec.rewards import (
@@ -217,7 +217,7 @@ class LanguageModelPolicy:
         rows = [
             token_ids(self.tokenizer, request) for request in batch["request"] for _ in range(self.settings.samples)
         ]
-        padded = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left").to(self.model.device)
+        padded = left_padded(self.tokenizer, rows, self.model.device)
         ids = self.model.generate(
             **padded,
             do_sample=True,

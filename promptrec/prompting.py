@@ -18,6 +18,7 @@ from promptrec.errors import InputError
 from promptrec.inference import LanguageModelRecoverer, normalise, pick_shots
 from promptrec.language_model import (
     GenerationSettings,
+    left_padded,
     load_model,
     load_tokenizer,
     stop_ids,
@@ -104,10 +105,9 @@ def answer_in_ways(
     A request is read once, however many answers it gets. The probabilities are the model's own, at temperature 1 and
     with nothing forced; the mark that ends an answer counts as a token of it.
     """
-    encoded, pad = [token_ids(tokenizer, request) for request in requests], tokenizer.pad_token_id
-    width, ends = max(map(len, encoded)), [tokenizer.eos_token_id, *stop_ids(tokenizer, stop)]
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)  # [n, width]
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    padded = left_padded(tokenizer, [token_ids(tokenizer, request) for request in requests], model.device)
+    ids, mask = padded["input_ids"], padded["attention_mask"]  # [n, width]
+    width, ends = ids.shape[1], [tokenizer.eos_token_id, *stop_ids(tokenizer, stop)]
     openings = [token_ids(tokenizer, way.opening, begin=False) if way.opening else [] for way in ways]
     with torch.inference_mode():
         output = model.generate(
@@ -120,7 +120,7 @@ def answer_in_ways(
             top_k=0,
             top_p=1.0,
             max_new_tokens=new_tokens + max(map(len, openings)),
-            pad_token_id=pad,
+            pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
             return_dict_in_generate=True,
             output_logits=True,

@@ -32,6 +32,7 @@ TRIPLES = pd.DataFrame(
 def inputs(tmp_path):
     """Good and bad inputs in the folder that the command runs in."""
     write_table(TRIPLES, tmp_path / "in.csv")
+    write_table(TRIPLES, tmp_path / "rows.csv")
     write_table(TRIPLES.assign(rewrite_prompt=grammar_prompts(3, seed=0)["rewrite_prompt"]), tmp_path / "grammar.csv")
     write_table(TRIPLES[["id", "rewrite_prompt"]], tmp_path / "truth.csv")
     write_table(TRIPLES.assign(rewritten_text=["x", " ", "y"]), tmp_path / "blank.csv")
@@ -120,6 +121,7 @@ BAD = {
     "compare train-only.csv --out o --methods constant": "train-only.csv: no validation rows",
     # where the result should go
     "compare in.csv --out in.csv --methods constant": "--out in.csv: is a file; name a folder",
+    "compare rows.csv --out . --methods constant": "--out rows.csv: is a file that is read",
     "recover in.csv --out folder.csv --method constant": "--out folder.csv: is a folder",
     "recover in.csv --out in.csv/p.csv --method constant": "choose another place",
     "rewrite grammar.csv --out in.csv/p.jsonl": "choose another place",
