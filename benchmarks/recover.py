@@ -6,8 +6,9 @@ TEST holds triples, and may hold another model's answers in a column `prediction
 these and each file of --train, are what the predictor is fitted on; a training prompt, or one of the bank, within cosine
 .9 of a test prompt is left out. Written to benchmarks/recover.json: mean SCS of the predicted vector and of the string
 found for it, beside the best constant, the nearest prompt, ridge retrieval, the bank's best prompt by an oracle, and the
-predictions; the blend with these; a learning curve; the scores by what the bank holds; what training rows of the test
-rows' own source are worth (prompt clusters held out of TEST, and of each file of --train); seconds.
+predictions; the blend with these; what a longer search for each string buys; a learning curve; the scores by what the bank
+holds; what training rows of the test rows' own source are worth (prompt clusters held out of TEST, and of each file of
+--train); seconds.
 
 The scorer is MiniLM, a proxy; intervals are bootstraps by prompt cluster. The file of results quotes no text.
 """
@@ -19,6 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import compress, pairwise
 from pathlib import Path
 
@@ -33,23 +35,19 @@ from promptrec.errors import InputError
 from promptrec.predictor import Posterior, choose
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import Scorer, get_scorer, scs
-from promptrec.splits import SAME_PROMPT, cluster_prompts, clusters_of
+from promptrec.splits import cluster_prompts, clusters_of, wordings_of
 from promptrec.tables import read_table, versions, write_json
 
 SHARES = (0.125, 0.25, 0.5, 1.0)  # of the training prompt clusters, for the learning curve
+BUDGETS = (0, 40, 160, 640, 2560)  # strings encoded a row by the search after the joins
 COVER = (0.0, 0.5, 0.6, 0.7, 0.9)  # edges: cosine of a true prompt to the bank's nearest
 
 
-def away_from(prompts: Sequence[str], test: Sequence[str], scorer: Scorer) -> np.ndarray:
-    """Which prompts [n] are no wording of a test prompt."""
-    return (scorer.encode(prompts) @ scorer.encode(sorted(set(test))).T).max(1) < SAME_PROMPT
-
-
-def usable(tables: Sequence[pd.DataFrame], test: Sequence[str], scorer: Scorer) -> tuple[pd.DataFrame, list[str], int]:
+def usable(tables: Sequence[pd.DataFrame], test: Sequence[str]) -> tuple[pd.DataFrame, list[str], int]:
     """Training triples and shipped prompts that are no wording of a test prompt; how many triples were."""
     train, bank = clean(merge_triples(tables))[0], shipped_prompts()["rewrite_prompt"].tolist()
-    far = away_from(train["rewrite_prompt"].tolist(), test, scorer)
-    return train[far].reset_index(drop=True), list(compress(bank, away_from(bank, test, scorer))), int((~far).sum())
+    near = wordings_of(train["rewrite_prompt"], test)
+    return train[~near].reset_index(drop=True), list(compress(bank, ~wordings_of(bank, test))), int(near.sum())
 
 
 class Trial:
@@ -83,7 +81,7 @@ def scored(trial: Trial, posterior: Posterior, texts: Sequence[str]) -> tuple[np
     return trial.scores(posterior.vectors), trial.scores(trial.scorer.encode(texts))
 
 
-def measure(trial: Trial, train: pd.DataFrame, bank: Sequence[str]) -> dict:
+def measure(trial: Trial, train: pd.DataFrame, bank: Sequence[str], budgets: Sequence[int] = ()) -> dict:
     """Everything about one training set."""
     scorer = trial.scorer
     recoverer, posterior, texts = answered(trial, train, bank)
@@ -113,7 +111,29 @@ def measure(trial: Trial, train: pd.DataFrame, bank: Sequence[str]) -> dict:
     }
     if trial.answers:
         found |= blended(trial, recoverer, string)
+    if budgets:
+        found["by_evaluations"] = by_evaluations(trial, recoverer, posterior, budgets)
     return found
+
+
+def by_evaluations(
+    trial: Trial, recoverer: EmbeddingRecoverer, posterior: Posterior, budgets: Sequence[int], rows: int = 48
+) -> dict:
+    """What a longer search for each string buys: one row of each of the first clusters, and what their vectors score."""
+    chosen = np.sort(np.unique(trial.clusters, return_index=True)[1][:rows])
+    part, truth, clusters = posterior.of(chosen), trial.truth[chosen], trial.clusters[chosen]
+    told, usual = [], recoverer.decoding
+    for evaluations in budgets:
+        recoverer.decoding, started = replace(usual, evaluations=evaluations), time.perf_counter()
+        vectors = trial.scorer.encode(recoverer.decode(part))
+        seconds, cosine = time.perf_counter() - started, float((vectors * part.vectors).sum(1).mean())
+        mean, low, high = interval(scs(vectors, truth), clusters)
+        told.append({"evaluations": evaluations, "cosine": cosine, "mean": mean, "low": low, "high": high})
+        told[-1]["seconds_a_row"] = seconds / len(chosen)
+        print(f"{evaluations} evaluations: cosine {cosine:.3f}, {mean:.3f}", flush=True)
+    recoverer.decoding = usual
+    mean, low, high = interval(scs(part.vectors, truth), clusters)
+    return {"n": len(chosen), "vector": {"mean": mean, "low": low, "high": high}, "strings": told}
 
 
 def blended(trial: Trial, recoverer: EmbeddingRecoverer, string: np.ndarray) -> dict:
@@ -164,7 +184,7 @@ def own_source(triples: pd.DataFrame, shipped: pd.DataFrame, scorer: Scorer, see
     test = triples[held].groupby(clusters[held]).head(3).reset_index(drop=True)
     trial, told = Trial(test, scorer), {}
     for name, tables in {"without": [shipped], "with": [shipped, triples[~held]]}.items():
-        train, bank, _ = usable(tables, test["rewrite_prompt"], scorer)
+        train, bank, _ = usable(tables, test["rewrite_prompt"])
         vector, string = scored(trial, *answered(trial, train, bank)[1:])
         told[name] = {"train_rows": len(train), "vector": trial.told(vector), "string": trial.told(string)}
     return {"n": len(test), "prompts": int(test["rewrite_prompt"].nunique()), **told}
@@ -195,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("test", type=Path, help="triples, perhaps with a column prediction")
     parser.add_argument("--train", type=Path, nargs="*", default=[], help="triples beside the shipped ones")
     parser.add_argument("--rows", type=int, help="of the test table, the first; default: all")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("curve", "own", "time"), help="what not to measure")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=("budget", "curve", "own", "time"), help="what not to measure"
+    )
     parser.add_argument("--fitted", type=int, default=5000, help="training rows that are timed")
     parser.add_argument("--asked", type=int, default=1000, help="rows to answer that are timed")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -207,8 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     shipped, more = shipped_triples(["train"]), [load_triples(path) for path in given.train]
     sets, results = {"shipped": [shipped]} | ({"shipped and more": [shipped, *more]} if more else {}), {}
     for name, tables in sets.items():
-        train, bank, left_out = usable(tables, test["rewrite_prompt"], scorer)
-        results[name] = {"left_out": left_out} | measure(trial, train, bank)
+        train, bank, left_out = usable(tables, test["rewrite_prompt"])
+        budgets = BUDGETS if name == "shipped" and "budget" not in given.skip else ()
+        results[name] = {"left_out": left_out} | measure(trial, train, bank, budgets)
         if name == "shipped" and "curve" not in given.skip:
             results[name]["learning_curve"] = learning_curve(trial, train, bank)
         print(name, {key: results[name][key]["mean"] for key in ("vector", "string")}, flush=True)

@@ -68,6 +68,7 @@ def recovery(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROMPTREC_CACHE", str(folder / "cache"))
         patch.setattr(module, "shipped_triples", lambda _: train)
+        patch.setattr(module, "BUDGETS", (0, 20))
         out = module.main(
             [str(folder / "test.jsonl"), "--out", str(folder / "out.json"), "--fitted", "30", "--asked", "20"]
         )
@@ -92,6 +93,13 @@ def test_the_curve_grows_to_the_whole_and_seconds_are_of_rows_never_seen(recover
     rows = [point["train_rows"] for point in recovery["results"]["shipped"]["learning_curve"]]
     assert rows == sorted(rows) and rows[0] < rows[-1] == recovery["results"]["shipped"]["train_rows"]
     assert recovery["seconds"]["answered_rows"] == 20 and recovery["seconds"]["fit"] > 0 < recovery["seconds"]["answer"]
+
+
+def test_a_longer_search_comes_nearer_to_the_vector(recovery):
+    told = recovery["results"]["shipped"]["by_evaluations"]
+    joined, searched = told["strings"]
+    assert (joined["evaluations"], searched["evaluations"]) == (0, 20) and 0 < told["n"] <= 13
+    assert joined["cosine"] < searched["cosine"] <= 1 and "by_evaluations" not in recovery["results"]
 
 
 def test_rows_of_the_own_source_are_held_out_by_prompt_cluster(recovery):
