@@ -64,8 +64,8 @@ ALT = {
         whole prompt clusters into training_data.csv. Notebook 2, fine-tune: training data and frozen
         Gemma weights go to LoRA fine-tuning, validation picks the best step, the result is adapter/.
         Notebook 3, evaluate: the adapter and the test rows go to recovery, which writes
-        predictions.csv; the scorer, sentence-t5 or offline MiniLM as a proxy, makes report.json of it,
-        a format check makes submission.csv.
+        predictions.csv; the scorer, sentence-t5 or offline MiniLM as a proxy, makes report.json of it.
+        The best method's answers to test.csv pass a check and become submission.csv.
     """,
     "lora": """
         The update of LoRA as a picture of matrices: h = W x + alpha/r B A x. W, 4,096 by 3,072, is
