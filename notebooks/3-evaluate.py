@@ -19,7 +19,7 @@
 # | | |
 # |---|---|
 # | accelerator | none (`local`) · 2xT4 or a TPU for Gemma-7b-it |
-# | time | 4 minutes on two CPU cores |
+# | time | 4 to 8 minutes on two CPU cores; the most where nothing has been embedded or fitted before |
 # | reads | `training_data.csv` ({doc}`1-generate-data`), `adapter/` ({doc}`2-fine-tune`), the base model |
 # | writes | `predictions.csv`, `scores.csv`, `comparison.csv`, `report.json`, `submission.csv` |
 # | prerequisites | Parts 1 and 2 have run; no knowledge of fine-tuning is needed to read this part |
