@@ -428,6 +428,20 @@ else:
 # .004, twice as much .007.) The *oracle* picks the bank's best prompt by looking at the truth: no choice among these prompts
 # can beat it. And *best constant in hindsight* is one prompt for all rows, chosen on the very rows it answers.
 #
+# The strings score .056 less than the vectors that they stand for. Would a longer search close the gap? One row of each of
+# some prompt clusters, the same vectors, more and more strings encoded a row:
+
+# %%
+if report is not None:
+    longer = told["by_evaluations"]
+    print(f"{longer['n']} rows; their vectors score {longer['vector']['mean']:.3f}")
+    display(pd.DataFrame(longer["strings"]).round(3))
+
+# %% [markdown]
+# Sixty-four times the usual 40 encodings win back .027 of the .063 that is lost on these rows, at ten seconds a row on two
+# cores: a search alone does not close it. (`PROMPTREC_SETTINGS='{"DecodingSettings.evaluations": 640}'` is there for who has
+# the time.)
+#
 # What holds the figure back? Three views of the same run: the vector's score by the size of the training set, with the
 # bank left whole; the scores by how near the bank's nearest prompt is to the true one; and what other rows of the *same
 # source* are worth, with other prompts than the ones asked for (none within cosine .9).

@@ -37,7 +37,7 @@
 #
 # ```{image} ../../images/cos3.svg
 # :alt: Curve of the score, the cube of the cosine. A vague constant answer at cosine 0.83 scores 0.58, a good answer at 0.89 scores 0.71, the exact prompt at 1 scores 1. The curve grows steeper to the right.
-# :width: 70%
+# :width: 100%
 # ```
 #
 # :::{warning}
