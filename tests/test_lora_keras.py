@@ -294,6 +294,13 @@ def test_a_missing_adapter_is_named(tmp_path):
         lora_keras.adapted_layers(tmp_path / "torn.lora.h5")
 
 
+def test_another_family_s_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="a 'llama' model; this path runs Gemma and Gemma 2"):
+        gemma_config(tmp_path)
+
+
 def test_heads_that_cannot_be_shared_out_stay_whole():
     config = gemma_config(TINY)
     key_value = ".*(key|value)/(kernel|lora_kernel_a)"

@@ -4,10 +4,21 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tqdm import tqdm
+from transformers import get_scheduler
 
 from promptrec.errors import InputError
-from promptrec.sft_trainer import Bar, LengthGroupedSampler, batch_share, last_checkpoint, training_history
+from promptrec.lora import T4
+from promptrec.profiles import override
+from promptrec.sft_trainer import (
+    Bar,
+    LengthGroupedSampler,
+    batch_share,
+    last_checkpoint,
+    training_arguments,
+    training_history,
+)
 
 
 def test_sampler_shows_every_row_once_and_depends_on_seed_and_epoch_only():
@@ -57,6 +68,20 @@ def test_processes_together_take_the_step_of_one(step, processes, share):
 def test_a_step_that_cannot_be_shared_out_is_refused():
     with pytest.raises(InputError, match="3 processes cannot share a step of 8 x 1 rows evenly"):
         batch_share(1, 8, 3)
+
+
+def test_a_constant_learning_rate_warms_up_where_it_is_asked_to(tmp_path):
+    settings = override(T4, optimizer="adamw_torch")
+    assert settings.schedule == "constant" and settings.warmup > 0
+    arguments = training_arguments(settings, tmp_path)
+    rates = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=settings.learning_rate)
+    schedule = get_scheduler(arguments.lr_scheduler_type, rates, arguments.warmup_steps, settings.steps)
+    assert schedule.get_last_lr() == [0.0]
+    for _ in range(arguments.warmup_steps):
+        rates.step()
+        schedule.step()
+    assert schedule.get_last_lr() == [settings.learning_rate]
+    assert training_arguments(override(settings, warmup=0.0), tmp_path).lr_scheduler_type == "constant"
 
 
 def test_the_bar_tells_the_step_and_what_was_logged_last(monkeypatch, capsys):
