@@ -141,7 +141,7 @@ BAD = {
     "latin.txt --out m.txt": "latin.txt: not UTF-8",
     "null.jsonl --out m.txt": "null.jsonl: row 2: rewrite_prompt is blank",
     "probes.csv --out m.csv": "name a file ending in .txt",
-    "prompts.txt --out prompts.txt": "is the file of the prompts; name another",
+    "prompts.txt --out prompts.txt": "is a file that is read; name another",
     "prompts.txt --out few.txt/m.txt": "choose another place",
     "prompts.txt --out m.txt --max-tokens 2": "max_tokens must be 3 to 128",
     "prompts.txt --out m.txt --seconds -1": "seconds must be 0 (no limit) or more",
