@@ -145,6 +145,17 @@ def test_a_missing_keras_preset_names_what_to_attach():
         KerasGemmaRewriter("/kaggle/input/gemma/keras/gemma_instruct_7b_en")
 
 
+def test_the_seed_of_a_rewriter_is_that_of_its_draws(monkeypatch):
+    monkeypatch.setenv(
+        "PROMPTREC_SETTINGS", '{"GenerationSettings.temperature": 1.0, "GenerationSettings.max_new_tokens": 12}'
+    )
+    texts = [
+        HuggingFaceRewriter(TINY, seed=seed, quantise=False).rewrite(["The ferry leaves."], ["Shout it"])[0]
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")

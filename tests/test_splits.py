@@ -14,10 +14,12 @@ from promptrec.splits import (
     SPLITS,
     check_split,
     cluster_prompts,
+    clusters_of,
     drop_mixed,
     hash_split,
     split_clusters,
     split_components,
+    wordings_of,
 )
 
 
@@ -187,3 +189,18 @@ def test_rows_without_cluster_or_split_are_refused(column):
     table.loc[1, column] = None
     with pytest.raises(InputError, match=f"1 rows have no {column}"):
         check_split(table)
+
+
+def test_a_prompt_of_many_rows_is_compared_once(minilm, monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        "promptrec.splits.cluster_prompts", lambda rows: compared.append(len(rows)) or cluster_prompts(rows)
+    )
+    prompts = ["Make it rhyme", "Turn it into a legal contract", "make it rhyme.", "Make it rhyme"] * 500
+    assert clusters_of(prompts).tolist() == [0, 1, 0, 0] * 500 and compared == [3]
+
+
+def test_wordings_of_others_are_found(minilm):
+    prompts = ["Make it rhyme", "Turn it into a legal contract"]
+    assert wordings_of(prompts, ["make it rhyme."]).tolist() == [True, False]
+    assert wordings_of(prompts, []).tolist() == [False, False]
