@@ -122,18 +122,17 @@ def by_evaluations(
     """What a longer search for each string buys: one row of each of the first clusters, and what their vectors score."""
     chosen = np.sort(np.unique(trial.clusters, return_index=True)[1][:rows])
     part, truth, clusters = posterior.of(chosen), trial.truth[chosen], trial.clusters[chosen]
+    spread = lambda vectors: dict(zip(("mean", "low", "high"), interval(scs(vectors, truth), clusters), strict=True))  # noqa: E731
     told, usual = [], recoverer.decoding
     for evaluations in budgets:
         recoverer.decoding, started = replace(usual, evaluations=evaluations), time.perf_counter()
         vectors = trial.scorer.encode(recoverer.decode(part))
         seconds, cosine = time.perf_counter() - started, float((vectors * part.vectors).sum(1).mean())
-        mean, low, high = interval(scs(vectors, truth), clusters)
-        told.append({"evaluations": evaluations, "cosine": cosine, "mean": mean, "low": low, "high": high})
-        told[-1]["seconds_a_row"] = seconds / len(chosen)
-        print(f"{evaluations} evaluations: cosine {cosine:.3f}, {mean:.3f}", flush=True)
+        row = {"evaluations": evaluations, "cosine": cosine, **spread(vectors), "seconds_a_row": seconds / len(chosen)}
+        print(f"{evaluations} evaluations: cosine {cosine:.3f}, {row['mean']:.3f}", flush=True)
+        told.append(row)
     recoverer.decoding = usual
-    mean, low, high = interval(scs(part.vectors, truth), clusters)
-    return {"n": len(chosen), "vector": {"mean": mean, "low": low, "high": high}, "strings": told}
+    return {"n": len(chosen), "vector": spread(part.vectors), "strings": told}
 
 
 def blended(trial: Trial, recoverer: EmbeddingRecoverer, string: np.ndarray) -> dict:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from promptrec.cache import cache_folder, digest, fingerprint, keep_last_used, read_arrays, save_arrays
 from promptrec.data import TEXT_COLUMNS, check_cells
 from promptrec.decoding import DecodingSettings, improve, join_prompts
 from promptrec.errors import InputError
@@ -24,18 +25,7 @@ from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, b
 from promptrec.profiles import override
 from promptrec.scoring import MiniLMScorer, Scorer, encode_candidates, get_scorer, unit
 from promptrec.splits import clusters_of
-from promptrec.text_features import (
-    LAST,
-    PairFeatures,
-    TextEncoder,
-    cache_folder,
-    digest,
-    fingerprint,
-    keep_last_used,
-    read_arrays,
-    save_arrays,
-    text_encoder,
-)
+from promptrec.text_features import LAST, PairFeatures, TextEncoder, text_encoder
 
 if TYPE_CHECKING:
     from promptrec.methods import Task

@@ -64,9 +64,8 @@ def read_table(path: str | Path, required: Iterable[str] = (), allow_empty: bool
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({reason})") from None
     if table.empty and not allow_empty:
         raise InputError(f"{path}: the table has no rows")
-    if path.suffix == ".csv" and not isinstance(
-        table.index, pd.RangeIndex
-    ):  # pandas makes an index of the cells too many
+    if not isinstance(table.index, pd.RangeIndex) and path.suffix == ".csv":
+        # pandas makes an index of the cells that are too many
         raise InputError(f"{path}: its rows have more cells than the header names; quote texts that hold commas")
     require_columns(table, required, str(path))
     if "id" in table:

@@ -7,24 +7,20 @@ twice. Does not predict: see embedding.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
+from promptrec.cache import cache_folder, digest, packed, read_arrays, save_arrays, unpacked
 from promptrec.cleaning import strip_lead_in
 from promptrec.profiles import quiet_frameworks
 from promptrec.scoring import MINILM_SHA256, minilm_directory, unit
-from promptrec.tables import check_digest, progress, write_atomically
+from promptrec.tables import check_digest, progress
 
 WIDTH = 384  # of MiniLM
 LAYERS = (1, 3, 5, 6)  # of 6; mean-pooled each
@@ -54,22 +50,6 @@ WORD_GROUPS = (
     "not never no",
     "and but or",
 )
-
-
-def cache_folder() -> Path:
-    """Where embeddings and fitted predictors are kept: PROMPTREC_CACHE, else ~/.cache/promptrec."""
-    return Path(os.environ.get("PROMPTREC_CACHE") or Path.home() / ".cache" / "promptrec")
-
-
-def digest(*parts: object) -> str:
-    """Content key of strings (or of anything with a stable repr)."""
-    joined = "\x00".join(part if isinstance(part, str) else repr(part) for part in parts)
-    return hashlib.sha256(joined.encode()).hexdigest()[:32]
-
-
-def fingerprint(encode: Callable[[list[str]], np.ndarray]) -> list[float]:
-    """What tells encoders of one name apart: a sentence's vector, rounded far above the noise of floating point."""
-    return encode(["Rewrite the text so that a child would understand it."])[0].round(2).tolist()
 
 
 def native_bfloat16() -> bool:
@@ -156,42 +136,6 @@ def text_encoder() -> TextEncoder:
 @lru_cache(maxsize=1)
 def _text_encoder(_: Path) -> TextEncoder:
     return TextEncoder()
-
-
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz all at once: a killed run leaves no half file. A cache that cannot be written is left out."""
-    with suppress(OSError):
-        write_atomically(path, lambda target: np.savez(target, **arrays))
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What save_arrays wrote; empty where there is no file, or none that can be read."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = dict(saved)
-    except (OSError, ValueError, EOFError, BadZipFile):
-        return {}
-    with suppress(OSError):  # a cache may be read-only
-        os.utime(path)  # so that keep_last_used keeps it
-    return arrays
-
-
-def packed(texts: Iterable[str]) -> np.ndarray:
-    """Texts as one array of bytes; an array of texts would give each as much room as the longest takes."""
-    return np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
-
-
-def unpacked(array: np.ndarray) -> list[str]:
-    """The texts of `packed`."""
-    return json.loads(array.tobytes())
-
-
-def keep_last_used(folder: Path, most: int) -> None:
-    """Remove all but the `most` arrays of a folder that were used last: a cache of large files must not grow for ever."""
-    with suppress(OSError):
-        used = sorted(folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime)
-        for path in used[:-most]:
-            path.unlink(missing_ok=True)
 
 
 def _pool(torch, states, mask):

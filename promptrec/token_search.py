@@ -243,9 +243,8 @@ def search_many(
     known: dict[tuple[str, str], np.ndarray] = {}
     asked = {row: ask for row in rows if (ask := row.go_on(None))}
     total = len(rows) * settings.evaluations
-    bar = progress(
-        None, disable=len(rows) == 1, desc="search", total=total, leave=False
-    )  # who searches once has its own
+    # who searches once shows a bar of its own
+    bar = progress(None, disable=len(rows) == 1, desc="search", total=total, leave=False)
     while asked:
         bar.update(sum(row.evaluations for row in rows) - bar.n)
         kind = Counter(kind for kind, _ in asked.values()).most_common(1)[0][0]

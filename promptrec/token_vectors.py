@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from promptrec.cache import cache_folder, digest, fingerprint, read_arrays, save_arrays
 from promptrec.prompt_bank import shipped_prompts
 from promptrec.scoring import unit
 from promptrec.tables import progress
-from promptrec.text_features import cache_folder, digest, fingerprint, frequent_words, read_arrays, save_arrays
+from promptrec.text_features import frequent_words
 
 if TYPE_CHECKING:
     from promptrec.search_encoders import SearchEncoder

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from promptrec.cache import digest, packed, read_arrays, save_arrays, unpacked
 from promptrec.data import TEXT_COLUMNS
 from promptrec.errors import InputError
 from promptrec.findings import BASELINE, contrasts, headroom, results, row_scores, sayings, seed_scores
@@ -30,7 +31,6 @@ from promptrec.methods import METHODS, Task, check_method, methods_of, shipped_w
 from promptrec.profiles import Profile
 from promptrec.scoring import profile_scorer
 from promptrec.tables import claim, progress, read_json, read_table, versions, write_json, write_table
-from promptrec.text_features import digest, packed, read_arrays, save_arrays, unpacked
 
 RSS_A_MIB = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss counts bytes on a Mac, KiB elsewhere
 

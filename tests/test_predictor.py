@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from promptrec import predictor as module
+from promptrec.cache import save_arrays
 from promptrec.predictor import Posterior, PredictorSettings, PromptPredictor, blend, choose
 from promptrec.scoring import scs, unit
 from promptrec.splits import SAME_PROMPT
-from promptrec.text_features import save_arrays
 
 QUICK = PredictorSettings(
     folds=2, epochs=12, batch_size=32, hidden=48, learning_rate=3e-3, dropout=0.3, input_dropout=0.2

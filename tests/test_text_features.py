@@ -1,12 +1,12 @@
 """Features of pairs: embeddings are kept and right, words that came are found, and a fit comes back as it was saved."""
 
-import os
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from promptrec.cache import cache_folder, digest, read_arrays, save_arrays
 from promptrec.data import shipped_triples
 from promptrec.scoring import unit
 from promptrec.text_features import (
@@ -17,16 +17,9 @@ from promptrec.text_features import (
     WIDTH,
     PairFeatures,
     TextEncoder,
-    cache_folder,
     came_words,
-    digest,
     frequent_words,
-    keep_last_used,
-    packed,
-    read_arrays,
-    save_arrays,
     style_counts,
-    unpacked,
     words,
 )
 
@@ -107,31 +100,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(new_encoder, monkeypatch
     assert not (tmp_path / "other").exists()
 
 
-def test_packed_texts_take_no_more_room_than_they_have_letters():
-    texts = ["été", "x" * 40_000, *map(str, range(1000))]
-    assert unpacked(packed(texts)) == texts and packed(texts).nbytes < 60_000
-
-
-@pytest.mark.parametrize("most, left", [(1, ["2.npz"]), (2, ["0.npz", "2.npz"]), (9, ["0.npz", "1.npz", "2.npz"])])
-def test_only_the_last_fits_are_kept(tmp_path, most, left):
-    for name, written in (("0.npz", 20), ("1.npz", 10), ("2.npz", 30)):
-        save_arrays(tmp_path / name, a=np.ones(1))
-        os.utime(tmp_path / name, (written, written))
-    (tmp_path / "note.txt").write_text("not a fit")
-    keep_last_used(tmp_path, most)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "note.txt"]
-    keep_last_used(tmp_path / "none", most)
-
-
-def test_a_fit_that_is_read_is_kept_before_one_that_is_newer(tmp_path):
-    for name, written in (("0.npz", 10), ("1.npz", 20)):
-        save_arrays(tmp_path / name, a=np.ones(1))
-        os.utime(tmp_path / name, (written, written))
-    assert read_arrays(tmp_path / "0.npz")["a"] == 1
-    keep_last_used(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["0.npz"]
-
-
 def test_a_damaged_shard_is_embedded_anew_and_mended(new_encoder):
     encoder = new_encoder()
     vectors = encoder.encode(TEXTS)
@@ -153,10 +121,6 @@ def test_a_vector_hardly_depends_on_what_it_is_batched_with(text_encoder):
     turned = text_encoder._encode([*TEXTS[::-1], "far longer " * 200], "").astype(np.float32)[: len(TEXTS)][::-1]
     apart = np.linalg.norm(together - turned, axis=-1) / np.linalg.norm(together, axis=-1)
     assert apart.max() < 2e-2
-
-
-def test_digests_tell_where_one_part_ends():
-    assert digest("a", "bc") != digest("ab", "c") and digest("1") == digest(1) != digest("2")
 
 
 # --- words and style
